@@ -1,0 +1,1 @@
+"""Trains recurrent networks on real data and exports them to ONNX. It ends where the .onnx file begins."""

@@ -1,0 +1,202 @@
+"""Every error that this service raises on purpose, in one tree, with no transport type in it.
+
+    ServiceError
+    +-- InvalidInput              the request is wrong whatever the server's state
+    |   +-- ShapeMismatch         bytes, dims or row counts that don't fit
+    |   +-- BadValue              NaN, infinity, or a token id outside the vocabulary
+    +-- NotFound
+    |   +-- ModelNotFound         unknown model or version
+    |   +-- SessionNotFound       unknown, closed, expired or failed session
+    |   |   +-- SessionExpired
+    +-- Precondition              the request is right, but not now or not for this model
+    |   +-- PositionGap           a step that skips ahead
+    |   +-- AnswersNotKept        a resend of steps whose answers are gone
+    |   +-- NotSteppable          stepping asked of a model that needs the whole sequence
+    +-- Exhausted                 a limit of the server
+    |   +-- Overloaded            a queue is full for now
+    +-- StepAborted               queued behind a step that was rejected
+    +-- DeadlineExpired           its time ran out before it was run
+    +-- Unavailable               the server is draining
+    +-- ConfigError               a setting that can't work (start-up)
+    +-- ModelBroken               a model that can't be loaded (start-up, reload)
+    +-- RunFailed                 onnxruntime failed: the server's fault
+
+`code` is the name of a canonical status (google.rpc.Code); `reason` is for programs, the message for people: it says
+what to do next. Anything outside this tree is a bug and reaches a caller as INTERNAL without its text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """Base of the tree."""
+
+    code: ClassVar[str] = "INTERNAL"
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        retry_after_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Say what happened.
+
+        field          path of the request's field at fault, such as "tensors[0].data"
+        retry_after_s  when the same request may work
+        metadata       facts for programs, such as {"expected_position": "7"}
+        """
+        super().__init__(message)
+        self.field = field
+        self.retry_after_s = retry_after_s
+        self.metadata = dict(metadata or {})
+
+
+class InvalidInput(ServiceError):
+    """The request is wrong whatever the server's state. The caller should mend it."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "INVALID_INPUT"
+
+
+class ShapeMismatch(InvalidInput):
+    """Bytes, dims or row counts that don't fit each other or the model."""
+
+    reason = "SHAPE_MISMATCH"
+
+
+class BadValue(InvalidInput):
+    """NaN, infinity, or a token id outside the vocabulary."""
+
+    reason = "BAD_VALUE"
+
+
+class NotFound(ServiceError):
+    """What the request names is not there."""
+
+    code = "NOT_FOUND"
+    reason = "NOT_FOUND"
+
+
+class ModelNotFound(NotFound):
+    """Unknown model or version; the message names those there are."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
+class SessionNotFound(NotFound):
+    """Unknown or closed session. The caller should open one and send from position 0."""
+
+    reason = "SESSION_NOT_FOUND"
+
+
+class SessionExpired(SessionNotFound):
+    """Idle past its limit, so its state was freed. The caller should open a new session and resend from position 0."""
+
+    reason = "SESSION_EXPIRED"
+
+    def __init__(self, name: str, *, idle_s: float, limit_s: float) -> None:
+        super().__init__(
+            f"{name}: idle {idle_s:.1f} s, limit {limit_s:.1f} s; its state is freed: open a new session and send from "
+            "position 0"
+        )
+
+
+class Precondition(ServiceError):
+    """The request is right, but not now or not for this model."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "PRECONDITION"
+
+
+class PositionGap(Precondition):
+    """A step that skips ahead. The caller should send from the expected position."""
+
+    reason = "POSITION_GAP"
+
+    def __init__(self, *, position: int, expected: int) -> None:
+        super().__init__(
+            f"position {position} skips ahead: expected {expected}; send from position {expected}",
+            field="positions",
+            metadata={"expected_position": str(expected)},
+        )
+
+
+class AnswersNotKept(Precondition):
+    """A resend of applied steps whose answers are gone. The caller should send from the expected position."""
+
+    reason = "ANSWERS_NOT_KEPT"
+
+    def __init__(self, *, position: int, oldest: int, expected: int) -> None:
+        kept = f"kept from {oldest}" if oldest < expected else "none are kept (open the session with a replay_window)"
+        super().__init__(
+            f"position {position} was applied already and its answer is gone ({kept}); "
+            f"send from position {expected}",
+            field="positions",
+            metadata={"expected_position": str(expected), "oldest_kept_position": str(oldest)},
+        )
+
+
+class NotSteppable(Precondition):
+    """Stepping asked of a model that needs the whole sequence."""
+
+    reason = "NOT_STEPPABLE"
+
+
+class Exhausted(ServiceError):
+    """A limit of the server. The message names the limit and its setting."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "LIMIT"
+
+
+class Overloaded(Exhausted):
+    """A queue is full for now. The caller should retry after a while."""
+
+    reason = "OVERLOADED"
+
+
+class StepAborted(ServiceError):
+    """Queued behind a step that was rejected, so it was not applied. The caller should resend from the expected one."""
+
+    code = "ABORTED"
+    reason = "STEP_ABORTED"
+
+
+class DeadlineExpired(ServiceError):
+    """Its time ran out before it was run, so it was not applied."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXPIRED"
+
+
+class Unavailable(ServiceError):
+    """The server is draining. The caller should use another one, or retry after a while."""
+
+    code = "UNAVAILABLE"
+    reason = "DRAINING"
+
+
+class ConfigError(ServiceError):
+    """A setting that can't work; the message names it and what to set."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "CONFIG"
+
+
+class ModelBroken(ServiceError):
+    """A model that can't be loaded; the message says what is wrong with the file."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "MODEL_BROKEN"
+
+
+class RunFailed(ServiceError):
+    """onnxruntime failed. The server's fault; its log has the text."""
+
+    reason = "RUN_FAILED"
