@@ -135,8 +135,7 @@ class AnswersNotKept(Precondition):
     def __init__(self, *, position: int, oldest: int, expected: int) -> None:
         kept = f"kept from {oldest}" if oldest < expected else "none are kept (open the session with a replay_window)"
         super().__init__(
-            f"position {position} was applied already and its answer is gone ({kept}); "
-            f"send from position {expected}",
+            f"position {position} was applied already and its answer is gone ({kept}); send from position {expected}",
             field="positions",
             metadata={"expected_position": str(expected), "oldest_kept_position": str(oldest)},
         )

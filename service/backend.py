@@ -1,0 +1,265 @@
+"""Runs one model file with onnxruntime, and measures at load what batching does to its numbers.
+
+The only importer of onnxruntime within the service.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # about GPUs that can't be listed: the providers are checked below
+    import onnxruntime as ort
+
+from models.spec import LENGTHS, METADATA_KEY, GraphSpec, Layout, Spec, SpecError, StepMode, TensorSpec, parse_spec
+from service.errors import ConfigError, ModelBroken, RunFailed
+
+Array = npt.NDArray[Any]
+Verdict = Literal["exact", "rounding", "coupled"]
+
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider"],
+    "cuda,cpu": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+ROUNDING = 1e-5
+"""Largest difference, relative to the largest value, that counts as rounding."""
+PROBE_STEPS = 23
+LOUDNESS = 1000.0
+_ORT_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Exactness:
+    """What a batch, or a cut into chunks, does to a sequence's numbers on this machine."""
+
+    verdict: Verdict
+    detail: str
+    is_chunkable: bool
+    """Whether cutting a sequence changes its numbers by rounding at most."""
+
+
+def check_provider(provider: str) -> str:
+    """Name the execution provider that will run. Raises ConfigError, saying what to install, where it is absent."""
+    available = ort.get_available_providers()
+    for name in PROVIDERS[provider]:
+        if name in available:
+            return name
+    raise ConfigError(
+        f"provider {provider!r} needs {PROVIDERS[provider][0]}, but this onnxruntime ({ort.__version__}) has only "
+        f"{', '.join(available)}: pip uninstall onnxruntime, then pip install 'rnnserve[gpu]' on a machine with an "
+        "NVIDIA driver; or serve with --provider cpu, or cuda,cpu to fall back",
+        field="provider",
+    )
+
+
+class Backend:
+    """One loaded model file."""
+
+    def __init__(self, path: Path, *, provider: str = "cpu", threads: int = 1) -> None:
+        """Load a file and check that its graph is what its spec says.
+
+        Raises ModelBroken, with what is wrong, and ConfigError for an absent provider.
+        """
+        check_provider(provider)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ModelBroken(f"{path}: can't be read: {error.strerror}") from error
+        try:
+            self._session = ort.InferenceSession(content, options, providers=PROVIDERS[provider])
+        except Exception as error:  # noqa: BLE001  onnxruntime has no common base for its errors
+            raise ModelBroken(f"{path}: onnxruntime can't load it: {_first_line(error)}") from error
+        self.provider: str = self._session.get_providers()[0]
+        if provider == "cuda" and self.provider != PROVIDERS[provider][0]:
+            raise ConfigError(
+                "CUDA was asked for but did not start (see onnxruntime's message above): check the NVIDIA driver and "
+                "the CUDA libraries, or serve with --provider cuda,cpu to fall back",
+                field="provider",
+            )
+        self.digest = hashlib.sha256(content).hexdigest()
+        self.num_bytes = len(content)
+        try:
+            self.spec: Spec = parse_spec(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
+        except SpecError as error:
+            raise ModelBroken(f"{path}: {error}") from error
+        self.graph: GraphSpec = self.spec.graph
+        if fault := self._mismatch():
+            raise ModelBroken(f"{path}: the graph is not what its spec says: {fault}")
+        self._output_names = [t.name for t in self.graph.outputs] + [s.next_name for s in self.graph.states]
+        self._num_outputs = len(self.graph.outputs)
+
+    def run(
+        self, inputs: Mapping[str, Array], lengths: Array, states: Sequence[Array]
+    ) -> tuple[list[Array], list[Array]]:
+        """Advance a batch.
+
+        inputs   per-step ones [batch, time, *row shape], others as the spec says
+        lengths  [batch] int32, each in 1..time
+        states   [batch, directions, hidden] in the spec's order
+        Returns (outputs in the spec's order, next states). Raises RunFailed.
+        """
+        feeds: dict[str, Array] = {**inputs, LENGTHS: lengths}
+        for state, value in zip(self.graph.states, states, strict=True):
+            feeds[state.name] = value
+        try:
+            results = self._session.run(self._output_names, feeds)
+        except Exception as error:
+            raise RunFailed(f"onnxruntime failed: {_first_line(error)}") from error
+        return results[: self._num_outputs], results[self._num_outputs :]
+
+    def probe(self) -> Exactness:
+        """Measure whether neighbours, or cuts in time, change a sequence's numbers.
+
+        The same sequences run alone, beside neighbours of LOUDNESS times their size and of NaN, and cut into chunks.
+        """
+        batch_error = chunk_error = 0.0
+        rng = np.random.default_rng(0)
+        quiet = self._sample(rng, PROBE_STEPS)
+        alone = self._run_padded([quiet])[0]
+        for neighbours in self._neighbours(rng, quiet):
+            batch_error = max(batch_error, _difference(alone, self._run_padded([*neighbours, quiet])[-1]))
+        can_step = self.spec.step_mode[0] is StepMode.STEPPING
+        if can_step:
+            for cuts in ([PROBE_STEPS], [1] * PROBE_STEPS, [7, 1, 15]):
+                chunk_error = max(chunk_error, _difference(alone, self._run_cut(quiet, cuts)))
+        worst = max(batch_error, chunk_error)
+        detail = f"largest relative difference beside neighbours {batch_error:.1e}" + (
+            f", cut into chunks {chunk_error:.1e}" if can_step else ""
+        )
+        verdict: Verdict = "exact" if worst == 0 else "rounding" if worst <= ROUNDING else "coupled"
+        return Exactness(verdict, detail, chunk_error <= ROUNDING)
+
+    def _mismatch(self) -> str | None:
+        """Say how the graph differs from the spec, or None."""
+        takes = {value.name: value for value in self._session.get_inputs()}
+        gives = {value.name: value for value in self._session.get_outputs()}
+        declared = {t.name: (t.dtype, t.row_shape) for t in self.graph.inputs}
+        declared |= {s.name: (s.dtype, s.row_shape) for s in self.graph.states} | {LENGTHS: ("int32", ())}
+        if takes.keys() != declared.keys():
+            return f"inputs {sorted(takes)}, spec {sorted(declared)}"
+        answered = {t.name: (t.dtype, t.row_shape) for t in self.graph.outputs}
+        answered |= {s.next_name: (s.dtype, s.row_shape) for s in self.graph.states}
+        if missing := answered.keys() - gives.keys():
+            return f"outputs {sorted(missing)} are missing"
+        for values, specs in ((takes, declared), (gives, answered)):
+            for name, (dtype, row_shape) in specs.items():
+                value = values[name]
+                tail = tuple(value.shape[len(value.shape) - len(row_shape) :])
+                is_same = all(a == b or not isinstance(a, int) for a, b in zip(tail, row_shape, strict=False))
+                if _ORT_TYPES.get(value.type) != dtype or not is_same:
+                    return f"{name} is {value.type} {value.shape}, spec {dtype} {list(row_shape)}"
+        return None
+
+    def _sample(self, rng: np.random.Generator, steps: int) -> dict[str, Array]:
+        """One sequence of plausible inputs: rows of the golden ones, in any order."""
+        sequence = {}
+        for tensor in self.graph.inputs:
+            shape = (steps, *tensor.row_shape) if tensor.layout is Layout.PER_STEP else tensor.row_shape
+            golden = self.spec.golden[0].inputs.get(tensor.name) if self.spec.golden else None
+            if tensor.dtype == "float32" and golden and tensor.layout is Layout.PER_STEP:
+                rows = golden.array().reshape(-1, *tensor.row_shape)
+                rows = rows[np.isfinite(rows).reshape(len(rows), -1).all(axis=1)]
+                sequence[tensor.name] = rows[rng.integers(len(rows), size=steps)]
+            else:
+                sequence[tensor.name] = _random(rng, tensor, shape)
+        return sequence
+
+    def _neighbours(self, rng: np.random.Generator, quiet: dict[str, Array]) -> list[list[dict[str, Array]]]:
+        floats = [t.name for t in self.graph.inputs if t.dtype == "float32"]
+        loud = {n: v * np.float32(LOUDNESS) if n in floats else v for n, v in quiet.items()}
+        broken = {n: np.full_like(v, np.nan) if n in floats else v for n, v in quiet.items()}
+        others = [self._sample(rng, steps) for steps in (1, PROBE_STEPS, 2 * PROBE_STEPS, 5)]
+        return [[loud], [broken], others, [*others, loud, broken] * 3]
+
+    def _run_padded(self, sequences: list[dict[str, Array]]) -> list[list[Array]]:
+        """Run sequences as one batch; returns each one's outputs and final states, unpadded."""
+        per_step = {t.name for t in self.graph.inputs if t.layout is Layout.PER_STEP}
+        shared = {t.name for t in self.graph.inputs if t.layout is Layout.SHARED}
+        lengths = np.array([max(len(s[n]) for n in per_step) for s in sequences], dtype=np.int32)
+        inputs = {}
+        for name, first in sequences[0].items():
+            if name in shared:
+                inputs[name] = first
+            elif name in per_step:
+                batch = np.zeros((len(sequences), lengths.max(), *first.shape[1:]), dtype=first.dtype)
+                for row, sequence in zip(batch, sequences, strict=True):
+                    row[: len(sequence[name])] = sequence[name]
+                inputs[name] = batch
+            else:
+                inputs[name] = np.stack([s[name] for s in sequences])
+        states = [np.zeros((len(sequences), *s.row_shape), dtype=s.dtype) for s in self.graph.states]
+        outputs, final = self.run(inputs, lengths, states)
+        is_per_step = [t.layout is Layout.PER_STEP for t in self.graph.outputs]
+        return [
+            [v[i, : lengths[i]] if steps else v[i] for v, steps in zip(outputs, is_per_step, strict=True)]
+            + [v[i] for v in final]
+            for i in range(len(sequences))
+        ]
+
+    def _run_cut(self, sequence: dict[str, Array], cuts: list[int]) -> list[Array]:
+        """Run one sequence chunk by chunk; returns its outputs and final states."""
+        states: list[Array] = [np.zeros((1, *s.row_shape), dtype=s.dtype) for s in self.graph.states]
+        parts: list[list[Array]] = []
+        start = 0
+        for cut in cuts:
+            inputs = {
+                t.name: sequence[t.name][None, start : start + cut]
+                if t.layout is Layout.PER_STEP
+                else sequence[t.name][None]
+                if t.layout is Layout.PER_SEQUENCE
+                else sequence[t.name]
+                for t in self.graph.inputs
+            }
+            outputs, states = self.run(inputs, np.array([cut], dtype=np.int32), states)
+            parts.append([v[0] for v in outputs])
+            start += cut
+        joined = [
+            np.concatenate(column) if t.layout is Layout.PER_STEP else column[-1]
+            for t, column in zip(self.graph.outputs, zip(*parts, strict=True), strict=True)
+        ]
+        return joined + [s[0] for s in states]
+
+
+def _random(rng: np.random.Generator, tensor: TensorSpec, shape: tuple[int, ...]) -> Array:
+    if tensor.dtype in ("int64", "int32"):
+        return rng.integers(tensor.num_ids or 2, size=shape).astype(tensor.dtype)
+    if tensor.dtype == "bool":
+        return rng.integers(2, size=shape).astype(bool)
+    return rng.standard_normal(shape).astype(tensor.dtype)
+
+
+def _difference(ours: list[Array], theirs: list[Array]) -> float:
+    """Largest difference relative to the largest value; infinite where NaN stands against a number."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if np.array_equal(a, b, equal_nan=True):
+            continue
+        if a.shape != b.shape or (np.isnan(a) != np.isnan(b)).any():
+            return np.inf
+        scale = float(np.nanmax(np.abs(a))) or 1.0
+        worst = max(worst, float(np.nanmax(np.abs(a - b))) / scale)
+    return worst
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

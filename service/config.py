@@ -1,0 +1,116 @@
+"""Settings of the server: frozen, validated, each explained by the text under it.
+
+One precedence: a flag beats an environment variable (RNNSERVE_ and the name in capitals), which beats the TOML file
+given by --config, which beats the default. The command line, the environment and the file share the names below.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import ConfigError
+
+PREFIX = "RNNSERVE_"
+"""Of every environment variable."""
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+    repository: Path
+    """Directory of models: <repository>/<model>/<version>/model.onnx."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every IPv4 address, [::] for every one."""
+    port: Port = 8001
+    """Port of the gRPC server; 0 takes a free one."""
+    http_port: Port = 8002
+    """Port of /metrics, /livez and /readyz; 0 takes a free one."""
+    tls_cert: Path | None = None
+    """PEM file with the server's certificate chain; with tls_key it turns TLS on."""
+    tls_key: Path | None = None
+    """PEM file with the private key of tls_cert."""
+    tls_client_ca: Path | None = None
+    """PEM file of authorities; clients must show a certificate that one of them signed."""
+
+    provider: Literal["cpu", "cuda", "cuda,cpu"] = "cpu"
+    """onnxruntime's execution provider; "cuda" fails where CUDA is absent, "cuda,cpu" falls back to the CPU."""
+    compute_threads: Positive = 1
+    """Threads that onnxruntime uses within one run."""
+    max_batch_rows: Positive = 256
+    """Most sequences advanced in one run."""
+    max_chunk_steps: Positive = 16
+    """Most steps that a sequence advances in one run; longer input is cut, so that others get their turn."""
+    inline_run_ms: Seconds = 2.0
+    """Runs measured to take less than this happen on the event loop, longer ones on a thread."""
+    batch_coupled_models: bool = False
+    """Batch also models whose neighbours in a batch change each other's numbers (the probe at load tells)."""
+
+    max_sessions: Positive = 16_384
+    """Most live sessions of one model version."""
+    max_predict_sequences: Positive = 1_024
+    """Most sequences of Predict calls in progress at once, for one model version; more wait their turn."""
+    max_message_bytes: Positive = 16 * 1024 * 1024
+    """Largest request message."""
+    max_steps_per_message: Positive = 65_536
+    """Most steps in one message, over all of its sequences."""
+    max_inflight_steps: Positive = 16_384
+    """Most steps of one session that are queued, or kept for a model that needs the whole sequence."""
+    max_queued_steps: Positive = 1_048_576
+    """Most steps queued for one model version; more are refused at once with a time to retry after."""
+    max_unsent_bytes: Positive = 4 * 1024 * 1024
+    """Answers waiting for a client that reads slowly; past it the server stops reading from that client."""
+    max_replay_window: Annotated[int, Field(ge=0)] = 1_024
+    """Most answers that a session may ask to be kept for a resend."""
+    max_linger_s: Seconds = 300.0
+    """Longest that a session may ask to outlive its connection."""
+    session_idle_s: Seconds = 0.0
+    """Time after which a session without steps is ended, though its client is connected; 0 never ends it."""
+    non_finite: Literal["reject", "pass"] = "reject"
+    """What to do with NaN and infinity in inputs: refuse the step, or let the model have them."""
+
+    drain_s: Seconds = 30.0
+    """Time that streams get to finish after SIGTERM."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is logged."""
+
+
+def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
+    """Merge flags, environment and file. Raises ConfigError that names the setting at fault."""
+    values = _read_toml(config) if config else {}
+    below = {name: value for name, value in values.items() if f"{PREFIX}{name.upper()}" not in os.environ}
+    try:
+        return Settings(**(below | flags))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        if first["type"] == "missing":
+            message = f"{name} is not set: give --{name.replace('_', '-')} or {PREFIX}{name.upper()}"
+        elif first["type"] == "extra_forbidden":
+            message = f"{name} is no setting; `rnnserve serve --help` lists them"
+        else:
+            message = f"{name}: {first['msg']}, got {first.get('input')!r}"
+        raise ConfigError(message, field=name) from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}", field="config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}", field="config") from error
