@@ -41,6 +41,8 @@ class BatchConfig:
     """Most steps that a slot advances in one batch."""
     whole: bool = False
     """Never cut an entry (a model that needs the whole sequence); batches are grouped by length."""
+    max_whole_steps: int = 8_192
+    """Most steps of a batch of whole entries, over all rows and beyond the first, so that no run takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,19 @@ class Batch:
     """Whether the batch ends the row's entry."""
     payloads: list[Any]
     """What was submitted with each row's entry."""
+
+    def row(self, index: int) -> Batch:
+        """Cut one row out, to be run and completed alone."""
+        at = slice(index, index + 1)
+        return Batch(
+            entries=self.entries[at],
+            slots=self.slots[at],
+            counts=self.counts[at],
+            starts=self.starts[at],
+            steps=int(self.counts[index]),
+            is_last=self.is_last[at],
+            payloads=self.payloads[at],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +116,27 @@ class Scheduler:
         starts: Ints,
         payload: object,
         *,
-        deadline: float = np.inf,
+        deadlines: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """Queue one entry for each slot.
 
-        slots     [n], each once
-        lengths   [n] steps, at least 1
-        starts    [n] first row of each entry in the payload
-        payload   whatever the caller needs to find the rows again
-        deadline  entries that have not begun by then are dropped by `expire`
+        slots      [n], each once
+        lengths    [n] steps, at least 1
+        starts     [n] first row of each entry in the payload
+        payload    whatever the caller needs to find the rows again
+        deadlines  [n] entries that have not begun by then are dropped by `expire`; infinity and None never expire
         """
         entries = self._acquire(len(slots))
         self._table["length"][entries] = lengths
         self._table["done"][entries] = 0
         self._table["start"][entries] = starts
         self._table["next"][entries] = NONE
-        self._table["deadline"][entries] = deadline
         self._table["payload"][entries] = [payload] * len(slots)
-        if deadline != np.inf:
-            self._num_deadlines += len(slots)
+        if deadlines is None:
+            self._table["deadline"][entries] = np.inf
+        else:
+            self._table["deadline"][entries] = deadlines
+            self._num_deadlines += int(np.isfinite(deadlines).sum())
         self.num_queued_steps += int(lengths.sum())
 
         last = self._last[slots]
@@ -242,6 +259,8 @@ class Scheduler:
         first = int(lengths[0])
         if self.config.whole:
             fits = (lengths <= first * WHOLE_SPREAD) & (lengths * WHOLE_SPREAD >= first)
+            fits &= np.cumsum(lengths * fits) <= self.config.max_whole_steps
+            fits[0] = True
             steps = int(lengths[fits].max())
         else:
             steps = min(1 << (first - 1).bit_length(), self.config.max_chunk_steps)
@@ -273,7 +292,7 @@ class Scheduler:
     def _release(self, entries: Ints) -> None:
         self._table["payload"][entries] = None
         if self._num_deadlines:
-            self._num_deadlines -= int((self._table["deadline"][entries] != np.inf).sum())
+            self._num_deadlines -= int(np.isfinite(self._table["deadline"][entries]).sum())
         self._free[self._num_free : self._num_free + len(entries)] = entries
         self._num_free += len(entries)
 

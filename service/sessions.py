@@ -30,6 +30,7 @@ from service.errors import AnswersNotKept, Exhausted, PositionGap, ServiceError,
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Array = npt.NDArray[Any]
 NO_LINK = 0
 """Link of a session that is detached: it lingers without a connection."""
 NEVER = -1
@@ -62,8 +63,8 @@ class Kept:
     position: int
     num_steps: int
     """Steps that it answers: [position, position + num_steps)."""
-    rows: Any
-    """What the engine delivers."""
+    outputs: list[Array]
+    """Every output, [num_steps, ...]."""
 
 
 @dataclass(slots=True)
@@ -86,23 +87,24 @@ class Admission:
     """Leading steps of each entry that were applied or queued before."""
     refusals: list[tuple[int, ServiceError]]
     """(entry, error) of those not admitted."""
-    replays: list[tuple[int, Kept]]
-    """(entry, kept answer) to deliver again."""
+    replays: list[tuple[int, int, int]]
+    """(entry, start, stop): applied steps whose kept answers are to be delivered again."""
 
 
 class SessionTable:
     """Every live session of one model version, by slot."""
 
-    def __init__(self, num_slots: int, *, max_inflight_steps: int, max_sessions: int) -> None:
+    def __init__(self, num_slots: int, *, max_inflight_steps: int) -> None:
         self.max_inflight_steps = max_inflight_steps
-        self.max_sessions = max_sessions
         self.num_live = 0
+        self.num_replaying = 0
+        """Sessions with a replay window."""
         self.state = np.full(num_slots, SessionState.CLOSED, dtype=np.int8)
         self.link = np.zeros(num_slots, dtype=np.int64)
         self.handle = np.zeros(num_slots, dtype=np.int64)
         self.expected = np.zeros(num_slots, dtype=np.int64)
         self.applied = np.zeros(num_slots, dtype=np.int64)
-        self._sent = np.zeros(num_slots, dtype=np.int64)
+        self.sent = np.zeros(num_slots, dtype=np.int64)
         self._rejected_at = np.full(num_slots, NEVER, dtype=np.int64)
         self._used_at = np.zeros(num_slots, dtype=np.float64)
         self._slot_by_name: dict[str, int] = {}
@@ -113,20 +115,18 @@ class SessionTable:
         self.state[slot] = SessionState.OPEN
         self.link[slot] = link
         self.handle[slot] = handle
-        self.expected[slot] = self.applied[slot] = self._sent[slot] = 0
+        self.expected[slot] = self.applied[slot] = self.sent[slot] = 0
         self._rejected_at[slot] = NEVER
         self._used_at[slot] = now
         self.num_live += 1
+        self.num_replaying += bool(terms.replay_window)
         if terms.session_id or terms.replay_window:
             self.details[slot] = Details(terms)
         if terms.session_id:
             self._slot_by_name[terms.session_id] = slot
 
     def find(self, terms: Terms) -> int | None:
-        """Slot of the live session with that name, or None if a new one may be opened.
-
-        Raises SessionNotFound (resume_only) and Exhausted (the limit of sessions).
-        """
+        """Slot of the live session with that name, or None. Raises SessionNotFound where the terms want a live one."""
         if terms.session_id:
             slot = self._slot_by_name.get(terms.session_id)
             if slot is not None:
@@ -137,22 +137,20 @@ class SessionTable:
                 "open it without resume_only and send from position 0",
                 field="session_id",
             )
-        if self.num_live >= self.max_sessions:
-            raise Exhausted(
-                f"{self.num_live} sessions are live, the limit (max_sessions) is {self.max_sessions}; close some first",
-                retry_after_s=1.0,
-            )
         return None
 
     def resume(self, slot: int, link: int, handle: int, terms: Terms, now: float) -> None:
         """Attach a live session to another link; counting by default goes on at the expected position."""
         details = self.details[slot]
+        self.num_replaying += bool(terms.replay_window) - bool(details.terms.replay_window)
+        if not details.terms.replay_window:
+            details.kept_from = int(self.applied[slot])
         details.terms = terms
         details.expires_at = np.inf
         self.link[slot] = link
         self.handle[slot] = handle
         self.state[slot] = SessionState.OPEN
-        self._sent[slot] = self.expected[slot]
+        self.sent[slot] = self.expected[slot]
         self._used_at[slot] = now
 
     def detach(self, slot: int, now: float) -> bool:
@@ -164,14 +162,20 @@ class SessionTable:
         details.expires_at = now + details.terms.linger_s
         return True
 
+    def drain(self, slot: int) -> None:
+        """Take no more steps; the name is free for a new session at once."""
+        self.state[slot] = SessionState.DRAINING
+        self._free_name(slot)
+
     def end(self, slot: int, state: SessionState) -> None:
         """End a session: CLOSED, EXPIRED or FAILED."""
         self.state[slot] = state
         self.link[slot] = NO_LINK
         self.num_live -= 1
+        self._free_name(slot)
         details = self.details.pop(slot, None)
-        if details is not None and self._slot_by_name.get(details.terms.session_id) == slot:
-            del self._slot_by_name[details.terms.session_id]
+        if details is not None:
+            self.num_replaying -= bool(details.terms.replay_window)
 
     def expired(self, now: float, idle_limit_s: float) -> list[tuple[int, float, float]]:
         """Sessions past their linger, or idle past the limit (0: none): (slot, idle seconds, limit)."""
@@ -202,8 +206,8 @@ class SessionTable:
         refused    [n] entries that the caller rejects for another reason; they count as sent
         """
         if positions is None:
-            positions = self._sent[slots]
-        self._sent[slots] = positions + lengths
+            positions = self.sent[slots]
+        self.sent[slots] = positions + lengths
         self._used_at[slots] = now
         expected = self.expected[slots]
         is_admitted = positions == expected
@@ -253,19 +257,25 @@ class SessionTable:
             admission.refusals.append((entry, error))
             return
         if position < applied:
-            end = min(position + length, applied)
-            admission.replays.extend(
-                (entry, kept)
-                for kept in self.details[slot].kept
-                if kept.position < end and kept.position + kept.num_steps > position
-            )
+            admission.replays.append((entry, position, min(position + length, applied)))
         admission.skips[entry] = min(skip, length)
         admission.is_admitted[entry] = fresh > 0
+
+    def queue(self, slots: Ints, lengths: Ints) -> None:
+        """Count steps as queued that need no admission: those of sequences that came whole."""
+        self.expected[slots] += lengths
 
     def reject(self, slot: int, num_steps: int) -> None:
         """Take back queued steps that will not be run; the next ones are refused until they are sent again."""
         self.expected[slot] -= num_steps
         self._rejected_at[slot] = self.expected[slot]
+
+    def reject_sent(self, slot: int) -> tuple[int, int]:
+        """Count a message whose steps can't be read as sent and rejected. Returns (its position, the one expected)."""
+        position, expected = int(self.sent[slot]), int(self.expected[slot])
+        self.sent[slot] = position + 1
+        self._rejected_at[slot] = expected
+        return position, expected
 
     def advance(self, slots: Ints, counts: Ints) -> None:
         """Count queued steps as applied."""
@@ -277,11 +287,25 @@ class SessionTable:
         details.kept.append(kept)
         self._forget(details, kept.position + kept.num_steps - details.terms.replay_window)
 
+    def kept_rows(self, slot: int, start: int, stop: int) -> list[Array]:
+        """Every output of applied steps [start, stop), which are kept: each [stop - start, ...]."""
+        parts = []
+        for kept in self.details[slot].kept:
+            first, last = max(start, kept.position), min(stop, kept.position + kept.num_steps)
+            if first < last:
+                parts.append([y[first - kept.position : last - kept.position] for y in kept.outputs])
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
     def acknowledge(self, slot: int, position: int) -> None:
         """Forget answers of steps before `position`."""
         details = self.details.get(slot)
         if details is not None:
             self._forget(details, min(position, int(self.applied[slot])))
+
+    def _free_name(self, slot: int) -> None:
+        details = self.details.get(slot)
+        if details is not None and self._slot_by_name.get(details.terms.session_id) == slot:
+            del self._slot_by_name[details.terms.session_id]
 
     @staticmethod
     def _forget(details: Details, before: int) -> None:

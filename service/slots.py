@@ -77,3 +77,7 @@ class StateSlab:
         """Copy rows in: the inverse of gather."""
         for array, rows in zip(self._arrays, values, strict=True):
             array[slots] = rows
+
+    def write(self, slots: Slots | int, index: int, rows: Array) -> None:
+        """Copy rows into one state: [len(slots), *row shape], or one row for one slot."""
+        self._arrays[index][slots] = rows

@@ -1,0 +1,200 @@
+"""Drives every lane on one asyncio loop: whatever is ready runs now, nobody waits for a batch to fill.
+
+A run that is measured to be short happens on the loop itself; a long one happens on a thread, one at a time, while the
+loop goes on receiving. Lanes with work take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from service.config import Settings
+from service.errors import ModelNotFound, RunFailed, Unavailable
+from service.events import Link, Steps
+from service.lane import Lane, Run
+from service.predict import PredictCall, Prediction, Sequences
+
+log = logging.getLogger(__name__)
+
+EXPIRY_TICK_S = 0.25
+COST_SMOOTHING = 0.2
+"""Weight of the newest measurement in a run's expected cost."""
+
+
+class Engine:
+    """Holds the lanes, and runs their batches."""
+
+    def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.is_draining = False
+        self._lanes: dict[str, dict[int, Lane]] = {}
+        self._turns: deque[Lane] = deque()
+        self._waiting: dict[Lane, deque[PredictCall]] = {}
+        self._costs: dict[tuple[Lane, int, int], float] = {}
+        self._is_awake = False
+        self._is_on_thread = False
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rnnserve-run")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticker: asyncio.TimerHandle | None = None
+
+    # ---- models -----------------------------------------------------------------------------------------------------
+
+    def add(self, lane: Lane) -> None:
+        """Serve a model version."""
+        self._lanes.setdefault(lane.name, {})[lane.version] = lane
+        self._turns.append(lane)
+        self._waiting[lane] = deque()
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """Served model versions in the order of name and version."""
+        return [lane for _, versions in sorted(self._lanes.items()) for _, lane in sorted(versions.items())]
+
+    def lane(self, model: str, version: int = 0) -> Lane:
+        """Find a served model version; version 0 is the newest. Raises ModelNotFound, naming those there are."""
+        versions = self._lanes.get(model)
+        if versions is None:
+            served = ", ".join(sorted(self._lanes)) or "none"
+            raise ModelNotFound(f"no model {model!r} is served; served: {served}", field="model")
+        if version == 0:
+            return versions[max(versions)]
+        if version not in versions:
+            served = ", ".join(map(str, sorted(versions)))
+            raise ModelNotFound(f"model {model!r} has no version {version}; served: {served}", field="version")
+        return versions[version]
+
+    # ---- work -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._tick()
+
+    def stop(self) -> None:
+        """End: no run begins after it."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._loop = None
+        self._executor.shutdown(wait=True)
+
+    def check_open(self) -> None:
+        """Raise Unavailable while the server drains."""
+        if self.is_draining:
+            raise Unavailable("this server is stopping: use another one, or try again after a while", retry_after_s=1.0)
+
+    def submit(self, lane: Lane, steps: Steps) -> None:
+        """Take steps of live sessions; their answers come to the link as events."""
+        lane.submit(steps)
+        self.wake()
+
+    async def predict(self, lane: Lane, sequences: Sequences) -> Prediction:
+        """Run whole sequences. Cancelling it frees what they hold."""
+        self.check_open()
+        call = PredictCall(lane, sequences)
+        lane.attach(call.link)
+        self._waiting[lane].append(call)
+        self.wake()
+        try:
+            return await call.result
+        finally:
+            self.drop(lane, call.link)
+            if call in self._waiting[lane]:
+                self._waiting[lane].remove(call)
+
+    def drop(self, lane: Lane, link: Link) -> None:
+        """A link is gone: free what it holds."""
+        lane.drop(link, self.clock())
+        self.wake()
+
+    def wake(self) -> None:
+        """Look for work once this turn of the loop has taken in what has arrived."""
+        if not self._is_awake and not self._is_on_thread and self._loop is not None:
+            self._is_awake = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Run one batch of the next lane that has one."""
+        self._is_awake = False
+        if self._is_on_thread or self._loop is None:
+            return
+        now = self.clock()
+        for _ in range(len(self._turns)):
+            lane = self._turns[0]
+            self._turns.rotate(-1)
+            lane.flush(now)
+            self._feed(lane, now)
+            run = lane.next_run(now)
+            if run is not None:
+                self._dispatch(lane, run)
+                return
+
+    def _feed(self, lane: Lane, now: float) -> None:
+        waiting = self._waiting[lane]
+        while waiting and (room := self.settings.max_predict_sequences - lane.num_predicting) > 0:
+            waiting[0].feed(room, now)
+            if waiting[0].is_fed:
+                waiting.popleft()
+
+    def _dispatch(self, lane: Lane, run: Run) -> None:
+        assert self._loop is not None  # noqa: S101  checked by _pump
+        key = (lane, (len(run.batch.slots) - 1).bit_length(), (run.batch.steps - 1).bit_length())
+        if self._costs.get(key, float("inf")) <= self.settings.inline_run_ms / 1000:
+            self._execute(key, run)
+            self.wake()
+        else:
+            self._is_on_thread = True
+            future = self._loop.run_in_executor(self._executor, _timed, run)
+            future.add_done_callback(lambda done: self._on_thread_done(key, run, done))
+
+    def _execute(self, key: tuple[Lane, int, int], run: Run) -> None:
+        try:
+            result = _timed(run)
+        except RunFailed as error:
+            self._on_failed(run, error)
+        else:
+            self._on_done(key, run, result)
+
+    def _on_thread_done(self, key: tuple[Lane, int, int], run: Run, done: asyncio.Future[_Timed]) -> None:
+        self._is_on_thread = False
+        error = done.exception()
+        if error is None:
+            self._on_done(key, run, done.result())
+        else:
+            self._on_failed(run, error)
+        self.wake()
+
+    def _on_done(self, key: tuple[Lane, int, int], run: Run, result: _Timed) -> None:
+        outputs, states, seconds = result
+        known = self._costs.get(key, seconds)
+        self._costs[key] = known + COST_SMOOTHING * (seconds - known)
+        try:
+            run.lane.complete(run, outputs, states, self.clock(), seconds)
+        except Exception:
+            log.exception("a bug in taking the results of a run of %s; the server goes on", run.lane.name)
+
+    def _on_failed(self, run: Run, error: BaseException) -> None:
+        log.error("a run of %s with %d rows failed: %s", run.lane.name, len(run.batch.slots), error)
+        run.lane.fail(run, self.clock())
+
+    def _tick(self) -> None:
+        """End what has expired, every so often."""
+        if self._loop is None:
+            return
+        for lane in self.lanes:
+            lane.expire(self.clock())
+        self._ticker = self._loop.call_later(EXPIRY_TICK_S, self._tick)
+
+
+_Timed = tuple[list, list, float]  # type: ignore[type-arg]
+
+
+def _timed(run: Run) -> _Timed:
+    began = time.perf_counter()
+    outputs, states = run.execute()
+    return outputs, states, time.perf_counter() - began

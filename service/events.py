@@ -1,0 +1,95 @@
+"""What passes between a lane and those who hold its sessions: steps go in, events come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.errors import ServiceError
+from service.sessions import SessionState
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(slots=True)
+class Answer:
+    """Outputs of one or many sessions of a link, in columns."""
+
+    handles: list[int]
+    positions: list[int]
+    """Of each entry's first answered step."""
+    lengths: list[int]
+    """Rows of each entry in every per-step output."""
+    outputs: list[Array]
+    """The link's outputs in its order: per-step [sum(lengths), ...], per-sequence [entries, ...]."""
+
+
+@dataclass(slots=True)
+class StepsFailed:
+    """Steps of one session that were not applied."""
+
+    handle: int
+    position: int
+    num_steps: int
+    error: ServiceError
+    expected: int
+    is_over: bool = False
+    """Whether the session ended with it."""
+
+
+@dataclass(slots=True)
+class Closed:
+    """The end of one session, after the last of its answers."""
+
+    handle: int
+    position: int
+    """Steps that were applied."""
+    state: SessionState
+    is_taken_over: bool = False
+    final_states: list[Array] | None = None
+    """Rows of its states, if the link wants them."""
+
+
+Event = Answer | StepsFailed | Closed
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """Whoever holds sessions and takes their events."""
+
+    sink: Callable[[Event], None]
+    outputs: list[int]
+    """Which of the model's outputs to answer, by index."""
+    emit_last: bool = False
+    """Answer only the last step of each entry."""
+    wants_states: bool = False
+    """Tell the final states when a session closes."""
+    is_predicting: bool = False
+    """Whether it holds whole sequences of a Predict call, not sessions."""
+    number: int = 0
+    slots: dict[int, int] = field(default_factory=dict)
+    """Open sessions by handle."""
+    num_opened: int = 0
+    """Handles given out."""
+    num_live: int = 0
+    """Sessions that have not ended for this link, draining ones included."""
+
+
+@dataclass(slots=True)
+class Steps:
+    """Steps of some sessions of one link, checked against the model's shapes."""
+
+    link: Link
+    handles: list[int]
+    slots: list[int]
+    positions: list[int] | None
+    """None counts on from what was sent."""
+    lengths: list[int] | None
+    """None: one step each."""
+    inputs: list[Array]
+    """Per-step inputs in the model's order, each [sum(lengths), ...]."""
+    deadline: float = np.inf

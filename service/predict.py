@@ -1,0 +1,119 @@
+"""A Predict call: whole sequences that pass through the scheduler like any others, as many at once as have room."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.spec import Layout
+from service.events import Answer, Closed, Event, Link, StepsFailed
+from service.inputs import bad_rows, bad_value
+from service.lane import Lane
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequences:
+    """Whole sequences, checked against the model's shapes."""
+
+    inputs: list[Array]
+    """Per-step inputs in the model's order, each [sum(lengths), ...]."""
+    lengths: Ints
+    """[n] steps, each at least 1."""
+    states: list[Array | None]
+    """For each state [n, directions, hidden], or None for zeros."""
+    outputs: list[int]
+    """Outputs to answer, by index."""
+    emit_last: bool = False
+    return_state: bool = False
+
+
+@dataclass(slots=True)
+class Prediction:
+    """Outputs of whole sequences."""
+
+    outputs: list[Array]
+    """Per-step [sum(lengths), ...], or [n, ...] under emit_last; per-sequence [n, ...]."""
+    states: list[Array]
+    """Final states [n, directions, hidden]; empty unless asked for."""
+
+
+class PredictCall:
+    """Feeds sequences to a lane as slots come free, and gathers what comes back."""
+
+    def __init__(self, lane: Lane, sequences: Sequences) -> None:
+        """Check the values. Raises BadValue, and Overloaded when the lane's queue has no room."""
+        self.lane = lane
+        self.result: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        self.link = Link(
+            self._take,
+            sequences.outputs,
+            emit_last=sequences.emit_last,
+            wants_states=sequences.return_state,
+            is_predicting=True,
+        )
+        self._sequences = sequences
+        self._starts = np.cumsum(sequences.lengths) - sequences.lengths
+        self._num_fed = 0
+        self._num_done = 0
+        passes = lane.settings.non_finite == "pass"
+        for tensor, x in zip(lane.step_inputs, sequences.inputs, strict=True):
+            if (is_bad := bad_rows(tensor, x, passes_non_finite=passes)) is not None:
+                row = int(np.argmax(is_bad))
+                sequence = int(np.searchsorted(self._starts, row, side="right")) - 1
+                error = bad_value(tensor, x[row], row - int(self._starts[sequence]))
+                error.args = (f"sequence {sequence}: {error}",)
+                raise error
+        if lane.scheduler.num_queued_steps + int(sequences.lengths.sum()) > lane.settings.max_queued_steps:
+            raise lane.overloaded()
+        num_steps, num = int(sequences.lengths.sum()), len(sequences.lengths)
+        self._outputs = []
+        for index in sequences.outputs:
+            spec = lane.graph.outputs[index]
+            is_packed = spec.layout is Layout.PER_STEP and not sequences.emit_last
+            self._outputs.append(np.empty((num_steps if is_packed else num, *spec.row_shape), dtype=spec.dtype))
+        self._is_packed = [
+            lane.graph.outputs[index].layout is Layout.PER_STEP and not sequences.emit_last
+            for index in sequences.outputs
+        ]
+        self._states = (
+            [np.empty((num, *s.row_shape), dtype=s.dtype) for s in lane.graph.states] if sequences.return_state else []
+        )
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether every sequence has been queued."""
+        return self._num_fed == len(self._starts)
+
+    def feed(self, room: int, now: float) -> None:
+        """Queue at most `room` more sequences."""
+        part = slice(self._num_fed, self._num_fed + room)
+        sequences = self._sequences
+        states = [rows if rows is None else rows[part] for rows in sequences.states]
+        starts = self._starts[part]
+        self._num_fed += len(starts)
+        self.lane.submit_sequences(self.link, sequences.inputs, starts, sequences.lengths[part], states, now)
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Answer):
+            handles = np.array(event.handles)
+            lengths = np.array(event.lengths)
+            first = self._starts[handles] + event.positions - (np.cumsum(lengths) - lengths)
+            rows = np.repeat(first, lengths) + np.arange(lengths.sum()) if any(self._is_packed) else handles
+            for out, values, is_packed in zip(self._outputs, event.outputs, self._is_packed, strict=True):
+                out[rows if is_packed else handles] = values
+        elif isinstance(event, Closed):
+            if event.final_states is not None:
+                for out, row in zip(self._states, event.final_states, strict=True):
+                    out[event.handle] = row
+            self._num_done += 1
+            if self._num_done == len(self._starts) and not self.result.done():
+                self.result.set_result(Prediction(self._outputs, self._states))
+        elif isinstance(event, StepsFailed) and not self.result.done():
+            self.result.set_exception(event.error)

@@ -1,0 +1,78 @@
+"""Models on disk: <repository>/<model>/<version>/model.onnx. What is broken is said loudly and served without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.spec import Layout
+from service.backend import Backend, check_provider
+from service.config import Settings
+from service.errors import ConfigError, ModelBroken, ServiceError
+from service.lane import Lane
+
+MODEL_FILE = "model.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A model version that is on disk but can't be served."""
+
+    name: str
+    version: int
+    """0 where the model as a whole is at fault."""
+    error: ServiceError
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What a repository holds."""
+
+    lanes: list[Lane] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+
+
+def load_repository(settings: Settings) -> Loaded:
+    """Load every version of every model, in the order of name and version.
+
+    Raises ConfigError where the repository or the provider as a whole can't work.
+    """
+    root = settings.repository
+    if not root.is_dir():
+        raise ConfigError(
+            f"repository {root} is no directory: make it, then `rnnserve export RUN --repository {root}`",
+            field="repository",
+        )
+    check_provider(settings.provider)
+    loaded = Loaded()
+    for model in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        versions = sorted(int(path.name) for path in model.iterdir() if _is_version(path))
+        if not versions:
+            error = ModelBroken(f"{model}: no version in it: the file belongs at {model.name}/1/{MODEL_FILE}")
+            loaded.broken.append(Broken(model.name, 0, error))
+        for version in versions:
+            try:
+                loaded.lanes.append(load_version(settings, model.name, version))
+            except ModelBroken as error:
+                loaded.broken.append(Broken(model.name, version, error))
+    return loaded
+
+
+def load_version(settings: Settings, name: str, version: int) -> Lane:
+    """Load and probe one model version. Raises ModelBroken and ConfigError."""
+    path = settings.repository / name / str(version) / MODEL_FILE
+    if not path.is_file():
+        raise ModelBroken(f"{path}: no such file")
+    backend = Backend(path, provider=settings.provider, threads=settings.compute_threads)
+    others = [t.name for t in backend.graph.inputs if t.layout is not Layout.PER_STEP]
+    if others:
+        raise ModelBroken(f"{path}: inputs {', '.join(others)} are not per step, and only those can be served")
+    try:
+        exactness = backend.probe()
+    except ServiceError as error:
+        raise ModelBroken(f"{path}: it loads, but a first run fails: {error}") from error
+    return Lane(name, version, backend, exactness, settings)
+
+
+def _is_version(path: Path) -> bool:
+    return path.is_dir() and path.name.isascii() and path.name.isdecimal() and int(path.name) > 0

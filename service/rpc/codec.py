@@ -1,0 +1,260 @@
+"""Messages of the native API <-> columns and arrays. Field mapping and checks against the model's shapes, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.spec import Layout, StateSpec, StepMode, TensorSpec
+from service.errors import Exhausted, InvalidInput, ShapeMismatch
+from service.events import Answer
+from service.lane import Lane
+from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.tensors import check_lengths, decode, encode
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+
+DTYPES = {
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "int64": pb.DATA_TYPE_INT64,
+    "int32": pb.DATA_TYPE_INT32,
+    "float64": pb.DATA_TYPE_FLOAT64,
+    "bool": pb.DATA_TYPE_BOOL,
+}
+LAYOUTS = {
+    Layout.PER_STEP: pb.LAYOUT_PER_STEP,
+    Layout.PER_SEQUENCE: pb.LAYOUT_PER_SEQUENCE,
+    Layout.SHARED: pb.LAYOUT_SHARED,
+}
+STEP_MODES = {
+    StepMode.STEPPING: pb.STEP_MODE_STEPPING,
+    StepMode.CHUNKED: pb.STEP_MODE_CHUNKED,
+    StepMode.BUFFERED: pb.STEP_MODE_BUFFERED,
+    StepMode.GENERATIVE: pb.STEP_MODE_GENERATIVE,
+}
+EXACTNESS = {
+    "exact": pb.EXACTNESS_EXACT,
+    "rounding": pb.EXACTNESS_ROUNDING,
+    "coupled": pb.EXACTNESS_COUPLED,
+}
+MAX_NAME_BYTES = 256
+
+
+class TensorPlan:
+    """What is known of a tensor before one arrives: enough to turn its bytes into rows without a copy."""
+
+    __slots__ = ("dtype", "layout", "name", "row_bytes", "row_shape", "wire_dtype", "wire_layout")
+
+    def __init__(self, spec: TensorSpec | StateSpec) -> None:
+        self.name = spec.name
+        self.dtype = spec.dtype
+        self.row_shape = spec.row_shape
+        self.layout = spec.layout if isinstance(spec, TensorSpec) else Layout.PER_SEQUENCE
+        self.wire_dtype = DTYPES[spec.dtype]
+        self.wire_layout = LAYOUTS[self.layout]
+        self.row_bytes = int(np.prod(spec.row_shape, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
+
+    def rows(self, tensor: pb.Tensor, field: str) -> Array:
+        """Read rows [n, *row shape]. Raises InvalidInput and ShapeMismatch."""
+        if tensor.dtype not in (pb.DATA_TYPE_UNSPECIFIED, self.wire_dtype):
+            got = pb.DataType.Name(tensor.dtype) if tensor.dtype in pb.DataType.values() else tensor.dtype
+            raise InvalidInput(
+                f"{self.name} is {self.dtype}, got {got}; convert it before sending", field=f"{field}.dtype"
+            )
+        if tensor.layout not in (pb.LAYOUT_UNSPECIFIED, self.wire_layout):
+            raise InvalidInput(f"{self.name} is {self.layout.value}, got another layout", field=f"{field}.layout")
+        data = tensor.data
+        if tensor.shape:
+            shape = tuple(tensor.shape)
+            if shape[1:] != self.row_shape:
+                raise ShapeMismatch(
+                    f"{self.name}: each row is {list(self.row_shape)}, got shape {list(shape)}", field=f"{field}.shape"
+                )
+        else:
+            if len(data) % self.row_bytes:
+                raise ShapeMismatch(
+                    f"{self.name}: {len(data)} bytes are no whole number of rows of {self.row_bytes} bytes "
+                    f"({self.dtype} {list(self.row_shape)})",
+                    field=f"{field}.data",
+                )
+            shape = (len(data) // self.row_bytes, *self.row_shape)
+        return decode(data, self.dtype, shape, field=f"{field}.data")
+
+
+class LanePlan:
+    """Plans of every tensor of one model version."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.inputs = {t.name: TensorPlan(t) for t in lane.step_inputs}
+        self.states = {s.name: TensorPlan(s) for s in lane.graph.states}
+        self.sole_input = next(iter(self.inputs)) if len(self.inputs) == 1 else None
+        self.output_names = [t.name for t in lane.graph.outputs]
+        self.output_plans = [TensorPlan(t) for t in lane.graph.outputs]
+
+    def pick_outputs(self, names: Sequence[str]) -> list[int]:
+        """Indexes of the outputs that a request names; all of them by default. Raises InvalidInput."""
+        if unknown := [name for name in names if name not in self.output_names]:
+            raise InvalidInput(
+                f"no output {unknown[0]!r}; {self.lane.name} has {', '.join(self.output_names)}", field="outputs"
+            )
+        if len(set(names)) < len(names):
+            raise InvalidInput("an output is named twice", field="outputs")
+        return [self.output_names.index(name) for name in names or self.output_names]
+
+    def read(self, tensors: Sequence[pb.Tensor], field: str) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Read per-step inputs and states by name, each tensor at most once. Raises InvalidInput."""
+        inputs: dict[str, Array] = {}
+        states: dict[str, Array] = {}
+        for index, tensor in enumerate(tensors):
+            name = tensor.name or self.sole_input
+            at = f"{field}[{index}]"
+            if name in self.inputs:
+                into, plan = inputs, self.inputs[name]
+            elif name in self.states:
+                into, plan = states, self.states[name]
+            else:
+                takes = ", ".join([*self.inputs, *self.states])
+                raise InvalidInput(f"no input {tensor.name!r}; {self.lane.name} takes {takes}", field=f"{at}.name")
+            if name in into:
+                raise InvalidInput(f"{name} is given twice", field=f"{at}.name")
+            into[name] = plan.rows(tensor, at)
+        return inputs, states
+
+    def step_inputs(self, inputs: dict[str, Array], field: str) -> list[Array]:
+        """Per-step inputs in the model's order, all with as many rows. Raises InvalidInput."""
+        if missing := [name for name in self.inputs if name not in inputs]:
+            raise InvalidInput(f"input {missing[0]} is missing", field=field)
+        ordered = [inputs[name] for name in self.inputs]
+        for name, rows in zip(self.inputs, ordered, strict=True):
+            if len(rows) != len(ordered[0]):
+                first = next(iter(self.inputs))
+                raise ShapeMismatch(f"{first} has {len(ordered[0])} rows, {name} has {len(rows)}", field=field)
+        if len(ordered[0]) > self.lane.settings.max_steps_per_message:
+            raise Exhausted(
+                f"{len(ordered[0])} steps in one message, the limit (max_steps_per_message) is "
+                f"{self.lane.settings.max_steps_per_message}; send them in several",
+                field=field,
+            )
+        return ordered
+
+
+def lengths_of(tensors: Sequence[pb.Tensor], plan: LanePlan, num_rows: int) -> Ints:
+    """Lengths of the sequences of a Predict request: the same on every per-step tensor that gives some."""
+    found: Ints | None = None
+    for index, tensor in enumerate(tensors):
+        if (tensor.name or plan.sole_input) in plan.inputs and tensor.lengths:
+            lengths = np.array(tensor.lengths, dtype=np.int64)
+            if found is not None and not np.array_equal(found, lengths):
+                raise ShapeMismatch("per-step inputs have different lengths", field=f"inputs[{index}].lengths")
+            found = lengths
+    if found is None:
+        found = np.array([num_rows], dtype=np.int64)
+    if not len(found) or not found.all():
+        raise InvalidInput("a sequence has no steps: leave it out; every sequence needs at least one", field="lengths")
+    return check_lengths(found, num_rows, field="lengths")
+
+
+def tensor_of(name: str, rows: Array, plan: TensorPlan, lengths: Ints | None = None) -> pb.Tensor:
+    """Write an array."""
+    return pb.Tensor(
+        name=name,
+        dtype=plan.wire_dtype,
+        shape=rows.shape,
+        layout=plan.wire_layout,
+        lengths=None if lengths is None else lengths.tolist(),
+        data=encode(rows),
+    )
+
+
+def answer_size(answer: Answer) -> int:
+    """Bytes that an answer takes, roughly."""
+    return 16 * len(answer.handles) + sum(rows.nbytes for rows in answer.outputs)
+
+
+def write_answers(answers: Sequence[Answer], plans: Sequence[TensorPlan], message: pb.StreamAnswer) -> None:
+    """Put answers that are ready together into one message: entries in order, rows end to end."""
+    if len(answers) == 1:
+        answer = answers[0]
+        message.handles.extend(answer.handles)
+        message.positions.extend(answer.positions)
+        message.lengths.extend(answer.lengths)
+        outputs = answer.outputs
+    else:
+        for answer in answers:
+            message.handles.extend(answer.handles)
+            message.positions.extend(answer.positions)
+            message.lengths.extend(answer.lengths)
+        outputs = [np.concatenate(column) for column in zip(*(a.outputs for a in answers), strict=True)]
+    for plan, rows in zip(plans, outputs, strict=True):
+        message.tensors.append(tensor_of(plan.name, rows, plan))
+
+
+def split_answer(answer: Answer, plans: Sequence[TensorPlan], max_bytes: int) -> list[Answer]:
+    """Cut an answer into pieces of at most max_bytes: between entries, else between the steps of one."""
+    if answer_size(answer) <= max_bytes:
+        return [answer]
+    num_entries = len(answer.handles)
+    if num_entries > 1:
+        at = num_entries // 2
+        rows_at = sum(answer.lengths[:at])
+        lengths = (answer.lengths[:at], answer.lengths[at:])
+        handles, positions = answer.handles, answer.positions
+        columns = [(handles[:at], positions[:at]), (handles[at:], positions[at:])]
+    elif answer.lengths[0] > 1 and all(plan.layout is Layout.PER_STEP for plan in plans):
+        rows_at = answer.lengths[0] // 2
+        lengths = ([rows_at], [answer.lengths[0] - rows_at])
+        columns = [(answer.handles, answer.positions), (answer.handles, [answer.positions[0] + rows_at])]
+        at = 0
+    else:
+        return [answer]
+    cuts = [rows_at if plan.layout is Layout.PER_STEP else at for plan in plans]
+    parts = []
+    for index, (handles, positions) in enumerate(columns):
+        side = [slice(0, cut) if index == 0 else slice(cut, None) for cut in cuts]
+        outputs = [rows[s] for rows, s in zip(answer.outputs, side, strict=True)]
+        parts += split_answer(Answer(handles, positions, lengths[index], outputs), plans, max_bytes)
+    return parts
+
+
+def model_message(lane: Lane) -> pb.Model:
+    """Describe a served model version."""
+    spec = lane.backend.spec
+    return pb.Model(
+        name=lane.name,
+        version=lane.version,
+        digest=lane.backend.digest,
+        cell=spec.cell,
+        topology=spec.topology,
+        step_mode=STEP_MODES[lane.step_mode],
+        step_mode_reason=lane.step_mode_reason,
+        inputs=[_tensor_spec(t) for t in lane.graph.inputs],
+        outputs=[_tensor_spec(t) for t in lane.graph.outputs],
+        states=[pb.StateSpec(name=s.name, dtype=DTYPES[s.dtype], row_shape=s.row_shape) for s in lane.graph.states],
+        labels=spec.labels,
+        vocabulary=spec.vocabulary,
+        task=spec.training.task,
+        metrics=spec.training.metrics,
+        num_parameters=spec.num_parameters,
+        exactness=EXACTNESS[lane.exactness.verdict],
+        exactness_detail=lane.exactness.detail,
+        provider=lane.backend.provider,
+        max_inflight_steps=lane.settings.max_inflight_steps,
+        spec_json=spec.to_json(),
+    )
+
+
+def _tensor_spec(tensor: TensorSpec) -> pb.TensorSpec:
+    return pb.TensorSpec(
+        name=tensor.name,
+        dtype=DTYPES[tensor.dtype],
+        row_shape=tensor.row_shape,
+        layout=LAYOUTS[tensor.layout],
+        unit=tensor.unit,
+        description=tensor.description,
+        element_names=tensor.element_names,
+    )

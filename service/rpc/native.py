@@ -1,0 +1,119 @@
+"""SequenceService: the native API on the engine. Streams are in stream.py; here is what answers in one message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import grpc.aio
+
+from service.engine import Engine
+from service.errors import InvalidInput, ShapeMismatch
+from service.lane import Lane
+from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
+from service.predict import Sequences
+from service.repository import Broken
+from service.rpc.codec import LanePlan, lengths_of, model_message, tensor_of
+from service.rpc.stream import Stream
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SequenceServicer(pb_grpc.SequenceServiceServicer):
+    """Maps requests to the engine and results to responses."""
+
+    def __init__(self, engine: Engine, broken: Sequence[Broken]) -> None:
+        self._engine = engine
+        self._broken = broken
+        self._plans: dict[Lane, LanePlan] = {}
+        self.streams: set[Stream] = set()
+        """Open streams."""
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """List what is served and what is broken."""
+        return pb.ListModelsResponse(
+            models=[model_message(lane) for lane in self._engine.lanes],
+            broken=[pb.BrokenModel(name=b.name, version=b.version, error=str(b.error)) for b in self._broken],
+        )
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        """Describe one model version."""
+        return pb.GetModelResponse(model=model_message(self._engine.lane(request.model, request.version)))
+
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
+        """Run whole sequences."""
+        lane = self._engine.lane(request.model, request.version)
+        plan = self.plan(lane)
+        outputs = plan.pick_outputs(request.outputs)
+        inputs, states = plan.read(request.inputs, "inputs")
+        rows = plan.step_inputs(inputs, "inputs")
+        lengths = lengths_of(request.inputs, plan, len(rows[0]))
+        for name, values in states.items():
+            if len(values) != len(lengths):
+                raise ShapeMismatch(f"{name} has {len(values)} rows for {len(lengths)} sequences", field="inputs")
+        if request.emit not in pb.Emit.values():
+            raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
+        prediction = await self._engine.predict(
+            lane,
+            Sequences(
+                inputs=rows,
+                lengths=lengths,
+                states=[states.get(name) for name in plan.states],
+                outputs=outputs,
+                emit_last=request.emit == pb.EMIT_LAST,
+                return_state=request.return_state,
+            ),
+        )
+        tensors = []
+        for index, values in zip(outputs, prediction.outputs, strict=True):
+            output = plan.output_plans[index]
+            is_packed = lane.is_output_per_step[index] and request.emit != pb.EMIT_LAST
+            tensor = tensor_of(output.name, values, output, lengths if is_packed else None)
+            if not is_packed:
+                tensor.layout = pb.LAYOUT_PER_SEQUENCE
+            tensors.append(tensor)
+        tensors += [
+            tensor_of(state.name, values, state)
+            for state, values in zip(plan.states.values(), prediction.states, strict=False)
+        ]
+        return pb.PredictResponse(model=lane.name, version=lane.version, digest=lane.backend.digest, outputs=tensors)
+
+    async def StreamPredict(self, request: object, context: Context) -> None:
+        """Step live sequences until the client has sent all, or is gone."""
+        first = await context.read()
+        if first is grpc.aio.EOF or first.WhichOneof("message") != "open":
+            raise InvalidInput("the first message of a stream must be `open`, naming the model", field="open")
+        self._engine.check_open()
+        lane = self._engine.lane(first.open.model, first.open.version)
+        stream = Stream(self._engine, self.plan(lane), first.open)
+        self.streams.add(stream)
+        writer = asyncio.create_task(stream.write_to(context))
+        try:
+            await self._read(stream, writer, context)
+            await writer
+        finally:
+            self.streams.discard(stream)
+            stream.drop()
+            if not writer.done():
+                writer.cancel()
+                await asyncio.wait([writer])
+
+    @staticmethod
+    async def _read(stream: Stream, writer: asyncio.Task[None], context: Context) -> None:
+        while (request := await context.read()) is not grpc.aio.EOF:
+            if request.WhichOneof("message") != "frame":
+                raise InvalidInput("a stream is opened once; every later message is a `frame`", field="open")
+            stream.take(request.frame)
+            await stream.has_room()
+            if writer.done():
+                return
+        stream.finish()
+
+    def plan(self, lane: Lane) -> LanePlan:
+        """Plan of a lane's tensors, made once."""
+        plan = self._plans.get(lane)
+        if plan is None:
+            plan = self._plans[lane] = LanePlan(lane)
+        return plan

@@ -1,0 +1,143 @@
+"""Puts the server together: gRPC with health and reflection, HTTP, start, drain and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Sequence
+
+import grpc
+import grpc.aio
+from aiohttp import web
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service.config import Settings
+from service.engine import Engine
+from service.errors import ConfigError
+from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
+from service.repository import Broken, Loaded
+from service.rpc.interceptors import ErrorInterceptor
+from service.rpc.native import SequenceServicer
+from service.telemetry import registry_of
+from service.web.app import make_app
+
+log = logging.getLogger(__name__)
+SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"].full_name
+
+
+class Server:
+    """A server of loaded models, on the running loop."""
+
+    def __init__(self, settings: Settings, loaded: Loaded) -> None:
+        self.settings = settings
+        self.broken: Sequence[Broken] = loaded.broken
+        self.engine = Engine(settings)
+        for lane in loaded.lanes:
+            self.engine.add(lane)
+        self.port = 0
+        """Port of gRPC, once started."""
+        self.http_port = 0
+        """Port of HTTP, once started."""
+        self._health = health.aio.HealthServicer()
+        self._native = SequenceServicer(self.engine, loaded.broken)
+        self._grpc: grpc.aio.Server | None = None
+        self._http: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Listen and answer. Raises ConfigError for a port in use, an address or a certificate that does not work."""
+        self._grpc = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[
+                ("grpc.so_reuseport", 0),  # else a second server on the port would start without an error
+                ("grpc.max_receive_message_length", self.settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+            ],
+        )
+        pb_grpc.add_SequenceServiceServicer_to_server(self._native, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        self.port = self._bind(self._grpc)
+        self.engine.start()
+        await self._start_http()
+        await self._grpc.start()
+        for name in self._health_names():
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Drain: refuse what is new, tell the streams, let them end within the time that is set, then stop."""
+        if self._grpc is None:
+            return
+        self.engine.is_draining = True
+        await self._health.enter_graceful_shutdown()
+        streams = list(self._native.streams)
+        if streams:
+            log.info("draining: %d streams have %.0f s to end", len(streams), self.settings.drain_s)
+        for stream in streams:
+            stream.announce_drain(self.settings.drain_s)
+        await self._grpc.stop(self.settings.drain_s)
+        if self._http is not None:
+            await self._http.cleanup()
+        self.engine.stop()
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        settings = self.settings
+        address = f"{settings.host}:{settings.port}"
+        try:
+            if settings.tls_cert or settings.tls_key or settings.tls_client_ca:
+                return server.add_secure_port(address, _credentials(settings))
+            return server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"can't listen on {address}: the port is in use, or the address is not of this machine; "
+                "stop the other server, or choose with --host and --port",
+                field="port",
+            ) from error
+
+    async def _start_http(self) -> None:
+        self._http = web.AppRunner(make_app(self.engine, registry_of(self.engine, self.broken)), access_log=None)
+        await self._http.setup()
+        site = web.TCPSite(self._http, self.settings.host.strip("[]"), self.settings.http_port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(
+                f"can't listen on {self.settings.host}:{self.settings.http_port} for HTTP: {error.strerror}; "
+                "choose with --http-port",
+                field="http_port",
+            ) from error
+        self.http_port = self._http.addresses[0][1]
+
+    def _health_names(self) -> list[str]:
+        """Names that health answers for: the server, the service, each model and each of its versions."""
+        lanes = self.engine.lanes
+        names = {"", SERVICE, *(lane.name for lane in lanes), *(f"{lane.name}/{lane.version}" for lane in lanes)}
+        return sorted(names)
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials:
+    if settings.tls_cert is None or settings.tls_key is None:
+        raise ConfigError("TLS needs both --tls-cert and --tls-key", field="tls_cert")
+    try:
+        pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
+        authorities = settings.tls_client_ca.read_bytes() if settings.tls_client_ca else None
+    except OSError as error:
+        raise ConfigError(f"can't read {error.filename}: {error.strerror}", field="tls_cert") from error
+    return grpc.ssl_server_credentials(
+        [pair], root_certificates=authorities, require_client_auth=authorities is not None
+    )
+
+
+async def run(settings: Settings, loaded: Loaded, on_ready: Callable[[Server], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then drain."""
+    server = Server(settings, loaded)
+    await server.start()
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    on_ready(server)
+    await stopping.wait()
+    await server.stop()

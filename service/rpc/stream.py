@@ -1,0 +1,357 @@
+"""One StreamPredict call: frames to steps, events to answers. No reading and no waiting for the client here.
+
+A frame is checked as a whole before it changes anything. What is wrong with one session is told in-band and leaves the
+others alone; what is wrong with the frame rejects the steps of all of its sessions, in-band too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.duration_pb2 import Duration
+
+from models.spec import StepMode
+from service.engine import Engine
+from service.errors import InvalidInput, NotSteppable, ServiceError, SessionNotFound, ShapeMismatch
+from service.events import Answer, Event, Link, Steps, StepsFailed
+from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.rpc.codec import MAX_NAME_BYTES, STEP_MODES, LanePlan, answer_size, split_answer, write_answers
+from service.rpc.status import status_of
+from service.sessions import SessionState, Terms
+
+Array = npt.NDArray[Any]
+MAX_ANSWER_BYTES = 1024 * 1024
+"""Answers are cut above it, so that a client with gRPC's default limit of 4 MiB can read them."""
+_REASONS = {
+    SessionState.CLOSED: pb.CLOSE_REASON_CLIENT,
+    SessionState.EXPIRED: pb.CLOSE_REASON_EXPIRED,
+    SessionState.FAILED: pb.CLOSE_REASON_FAILED,
+}
+
+
+class Stream:
+    """Holds the sessions of one call and the messages that wait to be written."""
+
+    def __init__(self, engine: Engine, plan: LanePlan, request: pb.StreamOpen) -> None:
+        """Open a stream. Raises InvalidInput and NotSteppable; faults of single sessions are told in-band."""
+        self._engine = engine
+        self._plan = plan
+        self._lane = lane = plan.lane
+        _check_step_mode(plan, request)
+        if request.emit not in pb.Emit.values():
+            raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
+        outputs = plan.pick_outputs(request.outputs)
+        self._output_plans = [plan.output_plans[index] for index in outputs]
+        self._link = Link(self._on_event, outputs, emit_last=request.emit == pb.EMIT_LAST)
+        terms = [
+            _terms(session, lane.settings.max_replay_window, lane.settings.max_linger_s) for session in request.sessions
+        ]
+        lane.attach(self._link)
+        self._answers: list[Answer] = []
+        self._waiting: list[pb.StreamPredictResponse] = []
+        self._events = pb.StreamAnswer()
+        self._num_unsent_bytes = 0
+        self._has_frames = False
+        self._is_finishing = False
+        self._wakeup: asyncio.Future[None] | None = None
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._waiting.append(
+            pb.StreamPredictResponse(
+                opened=pb.StreamOpened(
+                    model=lane.name,
+                    version=lane.version,
+                    digest=lane.backend.digest,
+                    step_mode=STEP_MODES[lane.step_mode],
+                    max_inflight_steps=lane.settings.max_inflight_steps,
+                    sessions=[self._open(t) for t in terms],
+                )
+            )
+        )
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
+    def take(self, frame: pb.StreamFrame) -> None:
+        """Apply one frame."""
+        lane, link = self._lane, self._link
+        if not self._has_frames:
+            self._has_frames = True
+            if not link.num_opened and not frame.opens:
+                self._open(Terms())
+        handles = list(frame.handles) or ([0] if frame.tensors else [])
+        try:
+            steps, states, terms = self._check(frame, handles)
+        except ServiceError as error:
+            self._reject_all(handles, error)
+            return
+        for index, session in enumerate(terms):
+            opened = self._open(session)
+            if not opened.HasField("status") and not opened.resumed:
+                for state, rows in states.items():
+                    lane.set_state(link.slots[opened.handle], state, rows[index])
+            self._events.opened.append(opened)
+        for handle, position in zip(handles, frame.acked_positions, strict=False):
+            if (slot := link.slots.get(handle)) is not None:
+                lane.sessions.acknowledge(slot, position)
+        if steps is not None:
+            if unknown := [handle for handle in handles if handle not in link.slots]:
+                steps = self._without(steps, set(unknown))
+            if steps is not None:
+                steps.slots = [link.slots[handle] for handle in steps.handles]
+                self._engine.submit(lane, steps)
+        for handle in frame.closes:
+            self._close(handle)
+        self._wake()
+
+    def finish(self) -> None:
+        """The client has sent all."""
+        self._is_finishing = True
+        self._lane.finish(self._link, self._engine.clock())
+        self._engine.wake()
+        self._wake()
+
+    def drop(self) -> None:
+        """The call is over, however it came to that."""
+        self._engine.drop(self._lane, self._link)
+
+    def announce_drain(self, grace_s: float) -> None:
+        """Tell the client that the server is about to stop."""
+        grace = Duration()
+        grace.FromNanoseconds(int(grace_s * 1e9))
+        self._waiting.append(pb.StreamPredictResponse(drain=pb.StreamDrain(grace=grace)))
+        self._wake()
+
+    def _check(self, frame: pb.StreamFrame, handles: list[int]) -> tuple[Steps | None, dict[int, Array], list[Terms]]:
+        """Check all that can be checked without touching a session. Raises InvalidInput and its kin."""
+        settings = self._lane.settings
+        terms = [_terms(session, settings.max_replay_window, settings.max_linger_s) for session in frame.opens]
+        inputs, states = self._plan.read(frame.tensors, "tensors")
+        for name, rows in states.items():
+            if len(rows) != len(terms):
+                raise ShapeMismatch(f"{name} has {len(rows)} rows for {len(terms)} opens", field="tensors")
+        by_index = {list(self._plan.states).index(name): rows for name, rows in states.items()}
+        num = len(handles)
+        if len(set(handles)) < num:
+            raise InvalidInput("a handle stands in a frame at most once", field="handles")
+        for name in ("positions", "lengths", "acked_positions"):
+            column = getattr(frame, name)
+            if column and len(column) != num:
+                raise ShapeMismatch(f"{name} has {len(column)} entries for {num} handles", field=name)
+        if frame.positions and max(frame.positions) >= 2**62:
+            raise InvalidInput("a position is over 2**62", field="positions")
+        if not inputs:
+            if frame.lengths:
+                raise ShapeMismatch("lengths without tensors", field="lengths")
+            return None, by_index, terms
+        if not num:
+            raise InvalidInput("steps without handles: name the sessions that they are for", field="handles")
+        rows_in = self._plan.step_inputs(inputs, "tensors")
+        steps = Steps(
+            self._link,
+            handles,
+            [],
+            list(frame.positions) or None,
+            _lengths(frame, num, len(rows_in[0])),
+            rows_in,
+        )
+        if frame.HasField("timeout"):
+            steps.deadline = self._engine.clock() + frame.timeout.ToNanoseconds() / 1e9
+        return steps, by_index, terms
+
+    def _open(self, terms: Terms) -> pb.SessionOpened:
+        link, now = self._link, self._engine.clock()
+        handle = link.num_opened
+        try:
+            self._engine.check_open()
+            handle, position, was_live = self._lane.open(link, terms, now)
+        except ServiceError as error:
+            link.num_opened = handle + 1
+            return pb.SessionOpened(handle=handle, session_id=terms.session_id, status=status_of(error))
+        return pb.SessionOpened(handle=handle, session_id=terms.session_id, position=position, resumed=was_live)
+
+    def _close(self, handle: int) -> None:
+        try:
+            self._lane.close(self._link, handle, self._engine.clock())
+        except ServiceError as error:
+            self._on_event(StepsFailed(handle, 0, 0, error, 0, is_over=True))
+        self._engine.wake()
+
+    def _without(self, steps: Steps, unknown: set[int]) -> Steps | None:
+        """Reject the steps of handles that are not open, and keep the others."""
+        lengths = steps.lengths or [1] * len(steps.handles)
+        keep = [index for index, handle in enumerate(steps.handles) if handle not in unknown]
+        for index, handle in enumerate(steps.handles):
+            if handle in unknown:
+                error = SessionNotFound(
+                    f"handle {handle} is not open on this stream (closed, ended, or never opened): open a session and "
+                    "send from position 0",
+                    field="handles",
+                )
+                position = steps.positions[index] if steps.positions else 0
+                self._on_event(StepsFailed(handle, position, lengths[index], error, 0, is_over=True))
+        if not keep:
+            return None
+        starts = np.cumsum(lengths) - lengths
+        rows = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in keep])
+        return Steps(
+            self._link,
+            [steps.handles[i] for i in keep],
+            [],
+            [steps.positions[i] for i in keep] if steps.positions else None,
+            [lengths[i] for i in keep],
+            [x[rows] for x in steps.inputs],
+            steps.deadline,
+        )
+
+    def _reject_all(self, handles: list[int], error: ServiceError) -> None:
+        """A frame that is malformed changes nothing: every session that it names is told."""
+        lane = self._lane
+        lane.flush(self._engine.clock())
+        for handle in dict.fromkeys(handles or [0]):
+            slot = self._link.slots.get(handle)
+            if slot is None:
+                self._on_event(StepsFailed(handle, 0, 0, error, 0, is_over=True))
+            else:
+                position, expected = lane.sessions.reject_sent(slot)
+                self._on_event(StepsFailed(handle, position, 1, error, expected))
+        lane.count_rejected(error)
+        self._wake()
+
+    # ---- answers ----------------------------------------------------------------------------------------------------
+
+    async def has_room(self) -> None:
+        """Wait while the client reads so slowly that nothing more should be taken from it."""
+        await self._has_room.wait()
+
+    async def write_to(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Write answers as they come, until the client has sent all and every session has ended."""
+        try:
+            while True:
+                for message in self._pack():
+                    await context.write(message)
+                self._num_unsent_bytes = sum(answer_size(answer) for answer in self._answers)
+                self._has_room.set()
+                if self._waiting or self._answers or self._has_events():
+                    continue
+                if self._is_finishing and not self._link.num_live:
+                    return
+                self._wakeup = asyncio.get_running_loop().create_future()
+                await self._wakeup
+        finally:
+            self._has_room.set()
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Answer):
+            self._answers.append(event)
+            self._num_unsent_bytes += answer_size(event)
+            if self._num_unsent_bytes > self._lane.settings.max_unsent_bytes:
+                self._has_room.clear()
+        elif isinstance(event, StepsFailed):
+            kind = pb.STEP_ERROR_KIND_SESSION_FAILED if event.is_over else pb.STEP_ERROR_KIND_STEP_REJECTED
+            self._events.errors.add(
+                handle=event.handle,
+                position=event.position,
+                length=event.num_steps,
+                kind=kind,
+                status=status_of(event.error),
+                expected_position=event.expected,
+            )
+        elif event.state is not SessionState.OPEN:
+            reason = pb.CLOSE_REASON_TAKEN_OVER if event.is_taken_over else _REASONS[event.state]
+            self._events.closed.add(handle=event.handle, position=event.position, reason=reason)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+    def _has_events(self) -> bool:
+        return bool(self._events.opened or self._events.closed or self._events.errors)
+
+    def _pack(self) -> list[pb.StreamPredictResponse]:
+        """Take all that waits: answers that are ready together travel together, as far as a message holds them."""
+        messages, self._waiting = self._waiting, []
+        answers, self._answers = self._answers, []
+        has_events = self._has_events()
+        if not answers and not has_events:
+            return messages
+        groups: list[list[Answer]] = [[]]
+        size = 0
+        for answer in answers:
+            for piece in split_answer(answer, self._output_plans, MAX_ANSWER_BYTES):
+                if groups[-1] and size + answer_size(piece) > MAX_ANSWER_BYTES:
+                    groups.append([])
+                    size = 0
+                groups[-1].append(piece)
+                size += answer_size(piece)
+        for index, group in enumerate(groups):
+            is_last = index == len(groups) - 1
+            message = pb.StreamPredictResponse()
+            if is_last and has_events:
+                message.answer.CopyFrom(self._events)
+                self._events = pb.StreamAnswer()
+            if group:
+                write_answers(group, self._output_plans, message.answer)
+            messages.append(message)
+        return messages
+
+
+def _check_step_mode(plan: LanePlan, request: pb.StreamOpen) -> None:
+    lane = plan.lane
+    wanted = request.step_mode
+    if wanted == pb.STEP_MODE_UNSPECIFIED or wanted == STEP_MODES[lane.step_mode]:
+        return
+    if wanted not in pb.StepMode.values():
+        raise InvalidInput(f"step mode {wanted} is unknown", field="step_mode")
+    name = pb.StepMode.Name(wanted).removeprefix("STEP_MODE_").lower()
+    advice = (
+        "leave step_mode out to have the server keep the steps and answer when the session closes, or call Predict"
+        if lane.step_mode is StepMode.BUFFERED
+        else "leave step_mode out"
+    )
+    raise NotSteppable(
+        f"{lane.name} can't be driven by {name}, only by {lane.step_mode.value}: {lane.step_mode_reason}; {advice}",
+        field="step_mode",
+    )
+
+
+def _terms(session: pb.SessionOpen, max_replay_window: int, max_linger_s: float) -> Terms:
+    linger_s = session.linger.ToNanoseconds() / 1e9
+    if len(session.session_id.encode()) > MAX_NAME_BYTES:
+        raise InvalidInput(f"a session id has at most {MAX_NAME_BYTES} bytes", field="session_id")
+    if session.replay_window > max_replay_window:
+        raise InvalidInput(
+            f"replay_window {session.replay_window}: the limit (max_replay_window) is {max_replay_window}",
+            field="replay_window",
+        )
+    if not 0 <= linger_s <= max_linger_s:
+        raise InvalidInput(f"linger {linger_s} s: expected 0 to {max_linger_s} (max_linger_s)", field="linger")
+    if linger_s and not session.session_id:
+        raise InvalidInput("linger needs a session_id to resume the session by", field="session_id")
+    return Terms(
+        session_id=session.session_id,
+        linger_s=linger_s,
+        replay_window=session.replay_window,
+        resume_only=session.resume_only,
+    )
+
+
+def _lengths(frame: pb.StreamFrame, num: int, num_rows: int) -> list[int] | None:
+    """Steps of each entry; None stands for one each."""
+    if frame.lengths:
+        lengths = list(frame.lengths)
+        if not all(lengths):
+            raise InvalidInput("an entry has no steps: leave it out", field="lengths")
+        if sum(lengths) != num_rows:
+            raise ShapeMismatch(f"lengths sum to {sum(lengths)}, but there are {num_rows} rows", field="lengths")
+        return lengths
+    if not num_rows:
+        raise InvalidInput("steps without rows: leave the tensors out, or send at least one row", field="tensors")
+    each, rest = divmod(num_rows, num)
+    if rest:
+        raise ShapeMismatch(f"{num_rows} rows don't divide evenly among {num} handles: give lengths", field="lengths")
+    return None if each == 1 else [each] * num

@@ -1,0 +1,33 @@
+"""Fixtures that more than one test file uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.onnx_models import build
+from tests.serving import Served, serving
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of every kind: see tests/onnx_models.py."""
+    root = tmp_path_factory.mktemp("repository")
+    build("lstm").save(root, "lstm")
+    build("gru", layers=2).save(root, "gru", 1)
+    build("gru", layers=2, seed=1).save(root, "gru", 2)
+    build("rnn").save(root, "rnn")
+    build("gru", num_ids=11).save(root, "tokens")
+    build("lstm", bidirectional=True).save(root, "bilstm")
+    build("gru", bidirectional=True, many_to_one=True).save(root, "bigru")
+    build("lstm", coupled=True).save(root, "coupled")
+    return root
+
+
+@pytest.fixture(scope="session")
+def served(repository: Path) -> Iterator[Served]:
+    """A server of all of them with default settings."""
+    with serving(repository) as running:
+        yield running

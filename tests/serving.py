@@ -1,0 +1,86 @@
+"""A real server in a thread, for tests that talk to it over a real channel."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import uvloop
+
+from service.config import load_settings
+from service.lane import Lane
+from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
+from service.repository import load_repository
+from service.rpc.server import Server
+
+T = TypeVar("T")
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    server: Server
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    def on_loop(self, act: Callable[[], T]) -> T:
+        """Call a function on the server's loop, and wait for what it returns."""
+
+        async def call() -> T:
+            return act()
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(timeout=10)
+
+    def lane(self, model: str) -> Lane:
+        return self.server.engine.lane(model)
+
+    def wait_until(self, holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Wait until something holds on the server's loop, which is asked every time it has turned."""
+
+        async def watch() -> None:
+            async with asyncio.timeout(timeout_s):
+                while not holds():
+                    await asyncio.sleep(0.001)
+
+        asyncio.run_coroutine_threadsafe(watch(), self.loop).result()
+
+    @contextmanager
+    def stub(self) -> Iterator[pb_grpc.SequenceServiceStub]:
+        with grpc.insecure_channel(self.address) as channel:
+            yield pb_grpc.SequenceServiceStub(channel)
+
+
+@contextmanager
+def serving(repository: Path, **settings: object) -> Iterator[Served]:
+    """Serve a repository on free ports until the block ends, then drain and stop."""
+    values = {"repository": repository, "port": 0, "http_port": 0, "drain_s": 0.1, **settings}
+    loaded = load_repository(load_settings(values))
+    loop = uvloop.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="server")
+    thread.start()
+    try:
+
+        async def start() -> Server:
+            server = Server(load_settings(values), loaded)
+            await server.start()
+            return server
+
+        server = asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=30)
+        try:
+            yield Served(server, loop)
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(timeout=30)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
