@@ -4,7 +4,8 @@
 #   docker build -t rnnserve:gpu --build-arg RUNTIME=gpu .   on NVIDIA GPUs (run it with --gpus all)
 #   docker build -t rnnserve-trainer --target trainer .      training and export
 #
-# Where pip installs from can be said with --build-arg: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS.
+# Where pip installs from can be said with --build-arg: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS. PyPI's PyTorch
+# brings several GB of CUDA libraries; with PyTorch's own index of CPU builds the trainer is a fraction of that.
 
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
@@ -12,6 +13,8 @@ FROM ${PYTHON_IMAGE} AS installer
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_FIND_LINKS
+# As variables, since a stage built on this one need not inherit its arguments; none of this gets into an image.
+ENV PIP_INDEX_URL=$PIP_INDEX_URL PIP_EXTRA_INDEX_URL=$PIP_EXTRA_INDEX_URL PIP_FIND_LINKS=$PIP_FIND_LINKS
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_PYTHON=/opt/rnnserve/bin/python
 RUN python -m venv --without-pip /opt/rnnserve
 WORKDIR /src
