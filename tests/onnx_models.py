@@ -58,7 +58,7 @@ def build(
     nodes = []
 
     def weight(name: str, *shape: int) -> str:
-        weights[name] = rng.uniform(-0.5, 0.5, shape).astype(np.float32)
+        weights[name] = (rng.uniform(-1.0, 1.0, shape) / np.sqrt(hidden)).astype(np.float32)
         return name
 
     def node(op: str, inputs: list[str], outputs: list[str], **attributes: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,14 +46,11 @@ class Served:
         return self.server.engine.lane(model)
 
     def wait_until(self, holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-        """Wait until something holds on the server's loop, which is asked every time it has turned."""
+        """Wait until something holds on the server's loop, asked again and again."""
 
-        async def watch() -> None:
-            async with asyncio.timeout(timeout_s):
-                while not holds():
-                    await asyncio.sleep(0.001)
-
-        asyncio.run_coroutine_threadsafe(watch(), self.loop).result()
+        end = time.monotonic() + timeout_s
+        while not self.on_loop(holds):
+            assert time.monotonic() < end, "it did not come to hold in time"
 
     @contextmanager
     def stub(self) -> Iterator[pb_grpc.SequenceServiceStub]:
