@@ -40,6 +40,8 @@ LABEL org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.vendor="The rnnserve authors" \
       org.opencontainers.image.version="0.1.0"
 ENV PATH=/opt/rnnserve/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# onnxruntime's builds for Linux send usage data to their maker unless this is set when it is imported.
+ENV ORT_DISABLE_TELEMETRY=1
 RUN install --directory --owner=10001 --group=10001 /models /runs
 USER 10001:10001
 ENTRYPOINT ["rnnserve"]

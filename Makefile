@@ -8,6 +8,9 @@ TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 BIN := .venv/bin
 PIP := -m pip --disable-pip-version-check install --quiet
 
+# onnxruntime's builds for Linux send usage data to their maker unless this is set when it is imported.
+export ORT_DISABLE_TELEMETRY := 1
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
