@@ -309,7 +309,7 @@ class SessionTable:
 
     @staticmethod
     def _forget(details: Details, before: int) -> None:
+        details.kept_from = max(details.kept_from, before)
         kept = details.kept
         while kept and kept[0].position + kept[0].num_steps <= before:
-            gone = kept.popleft()
-            details.kept_from = gone.position + gone.num_steps
+            kept.popleft()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grpc
@@ -106,6 +107,23 @@ class Received:
         steps = self.steps[handle]
         assert sorted(steps) == list(range(len(steps)))
         return np.array([steps[position] for position in range(len(steps))])
+
+
+class Requests:
+    """Requests that a test sends when it likes."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[pb.StreamPredictRequest | None] = queue.SimpleQueue()
+
+    def put(self, request: pb.StreamPredictRequest) -> None:
+        self._queue.put(request)
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[pb.StreamPredictRequest]:
+        while (request := self._queue.get()) is not None:
+            yield request
 
 
 def details(error: grpc.RpcError) -> status_pb2.Status:
