@@ -1,0 +1,225 @@
+"""The client for threads: a shell of blocking calls around the pure parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy.typing as npt
+from grpc_health.v1 import health_pb2
+
+from service.client import _codec, _models
+from service.client._base import ClientBase, check_timeout, delays, translate
+from service.client._channel import HEALTH_CHECK
+from service.client._sync_call import Call
+from service.client._sync_gateway import Gateway
+from service.client._sync_stream import Stream
+from service.client._terms import SequenceTerms
+from service.client.errors import InvalidArgument, NotFound, Unavailable
+from service.client.info import Emit, ModelInfo, ModelList, Prediction
+from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.pb.rnnserve.v1.rnnserve_pb2_grpc import SequenceServiceStub
+
+GATEWAY_REQUESTS = 64
+"""Most requests of a gateway that wait to be written."""
+
+
+class Client(ClientBase):
+    """Predicts with the models of one server. May be used from several threads.
+
+        with Client("localhost:8001") as client:
+            prediction = client.predict("vowels", [x1, x2])
+            with client.stream("vowels") as stream:
+                for y in stream.run(steps):
+                    ...
+
+    Every call raises RnnserveError (see service.client.errors). Arrays that come back are read-only views.
+    """
+
+    def _prepare(self) -> None:
+        options = self._settings.channel_options()
+        address = self._settings.address
+        self._channel = (
+            grpc.secure_channel(address, self._settings.credentials(), options=options)
+            if self._settings.is_secure
+            else grpc.insecure_channel(address, options=options)
+        )
+        self._stub: Any = SequenceServiceStub(self._channel)
+        self._check = self._channel.unary_unary(
+            HEALTH_CHECK,
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+
+    def close(self) -> None:
+        """Close the connection; calls and streams in progress end."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def predict(
+        self,
+        model: str,
+        xs: _codec.Sequences,
+        *,
+        version: int = 0,
+        outputs: Sequence[str] | None = None,
+        emit: Emit = "all",
+        states: Mapping[str, npt.ArrayLike] | None = None,
+        return_state: bool = False,
+        timeout: float | None = None,
+    ) -> Prediction:
+        """Run whole sequences of any lengths.
+
+        xs            for each sequence [time, features], or [time] of token ids; of several inputs a dict by name:
+                      per-step ones as before, per-sequence ones [sequences, ...], shared ones as they are
+        version       of the model; 0 is the newest
+        outputs       names of the outputs to answer; None answers all
+        emit          "all" steps of per-step outputs, or the "last"
+        states        initial states [sequences, directions, hidden] by name; zeros where none are given
+        return_state  answer the final states too
+        timeout       seconds for all of it
+        Returns one array a sequence: [time, ...], or one row [...] of a per-sequence output or under "last".
+        """
+        info = self._find(model, version, timeout)
+        request, lengths = _codec.predict_request(
+            info, xs, version=version, outputs=outputs, emit=emit, states=states, return_state=return_state
+        )
+        try:
+            response = self._call(self._stub.Predict, request, timeout)
+        except InvalidArgument:
+            self._forget(model, version)
+            raise
+        if response.digest != info.digest:
+            info = self._remember(model, version, self.model(model, response.version, timeout=timeout))
+        return _codec.prediction(info, response, lengths, emit)
+
+    def stream(
+        self,
+        model: str,
+        *,
+        version: int = 0,
+        outputs: Sequence[str] | None = None,
+        emit: Emit = "all",
+        step_mode: str | None = None,
+        session_id: str = "",
+        linger: float = 0.0,
+        replay_window: int = 0,
+        resume_only: bool = False,
+        states: Mapping[str, npt.ArrayLike] | None = None,
+        timeout: float | None = None,
+    ) -> Stream:
+        """Prepare a live sequence, for a `with` block.
+
+        version, outputs, emit  as for `predict`; under "last" a send is answered by its last step
+        step_mode      "stepping" to be refused by a model that needs the whole sequence; None takes what it supports
+        session_id     name of the session; one that is live is resumed
+        linger         seconds that the session outlives its connection; with a session_id, a stream whose connection
+                       breaks takes the session up again by itself
+        replay_window  steps whose answers the server keeps, so that those under way when the connection broke are not
+                       lost; no more are under way at a time
+        resume_only    fail with NotFound unless the session is live
+        states         initial states [directions, hidden] by name; zeros where none are given
+        timeout        seconds to open the stream, and seconds after which a step that has not begun to run is rejected
+        """
+        check_timeout(timeout)
+        terms = SequenceTerms(
+            version=version,
+            outputs=tuple(outputs or ()),
+            emit=emit,
+            step_mode=step_mode,
+            session_id=session_id,
+            linger_s=linger,
+            replay_window=replay_window,
+            resume_only=resume_only,
+            states=states or {},
+            timeout_s=timeout,
+        )
+        return Stream(
+            dial=lambda: Call(self._stub.StreamPredict, self._metadata),
+            find_model=lambda found: self._find(model, found, timeout),
+            terms=terms,
+            resume_timeout_s=self._resume_timeout_s,
+        )
+
+    def gateway(
+        self,
+        model: str,
+        *,
+        version: int = 0,
+        outputs: Sequence[str] | None = None,
+        emit: Emit = "all",
+        step_mode: str | None = None,
+        timeout: float | None = None,
+    ) -> Gateway:
+        """Prepare a stream that carries many sessions, for a `with` block. Arguments are as for `stream`."""
+        check_timeout(timeout)
+        terms = SequenceTerms(
+            version=version, outputs=tuple(outputs or ()), emit=emit, step_mode=step_mode, timeout_s=timeout
+        )
+        return Gateway(
+            dial=lambda: Call(self._stub.StreamPredict, self._metadata, limit=GATEWAY_REQUESTS),
+            find_model=lambda found: self._find(model, found, timeout),
+            terms=terms,
+        )
+
+    def models(self, *, timeout: float | None = None) -> ModelList:
+        """List every model version that is served, and those that are broken."""
+        return _models.model_list(self._call(self._stub.ListModels, pb.ListModelsRequest(), timeout))
+
+    def model(self, name: str, version: int = 0, *, timeout: float | None = None) -> ModelInfo:
+        """Tell all about one model version; 0 is the newest. Raises NotFound, which names those there are."""
+        request = pb.GetModelRequest(model=name, version=version)
+        return _models.model_info(self._call(self._stub.GetModel, request, timeout).model)
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> bool:
+        """Tell whether the server, or one model ("name" or "name/version"), is ready to answer.
+
+        A model that it does not know is not ready. Raises Unavailable without a connection.
+        """
+        try:
+            return self._is_serving(service, timeout, wait=False)
+        except NotFound:
+            return False
+
+    def wait_ready(self, timeout: float, service: str = "") -> None:
+        """Wait until `health` says yes. Raises Unavailable when that takes more than `timeout` seconds."""
+        give_up_at = time.monotonic() + timeout
+        why = "it is not serving"
+        for delay in delays():
+            left_s = give_up_at - time.monotonic()
+            if left_s <= 0:
+                break
+            try:
+                if self._is_serving(service, left_s, wait=True):
+                    return
+            except (NotFound, Unavailable) as error:
+                why = error.message
+            time.sleep(min(delay, max(0.0, give_up_at - time.monotonic())))
+        raise Unavailable(f"{self.target} was not ready within {timeout:g} s: {why}", reason="NOT_READY")
+
+    def _is_serving(self, service: str, timeout: float | None, *, wait: bool) -> bool:
+        request = health_pb2.HealthCheckRequest(service=service)
+        response = self._call(self._check, request, timeout, wait_for_ready=wait)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _find(self, model: str, version: int, timeout: float | None) -> ModelInfo:
+        """What the model takes and answers, asked for once."""
+        known = self._infos.get((model, version))
+        return known or self._remember(model, version, self.model(model, version, timeout=timeout))
+
+    def _call(self, method: Any, request: Any, timeout: float | None, **options: Any) -> Any:
+        check_timeout(timeout)
+        try:
+            return method(request, timeout=timeout, metadata=self._metadata, **options)
+        except grpc.RpcError as error:
+            raise translate(error) from None
