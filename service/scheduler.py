@@ -8,7 +8,8 @@ goes to the end of the line, so a long entry can't starve a short one. Laws:
     every submitted step is run once, or dropped by cancel or expire: never both, never twice
     a batch holds a slot at most once, and no slot that is in a batch not yet completed
     next_batch returns None only if every queued slot is running (work-conserving)
-    between two turns of a slot, every other slot that was ready had a turn
+    the slot that has waited longest is in the batch; one that ran goes to the end of the line, so none waits for ever
+    where there is room, a slot is passed over only for being short, at most once for each power of two of steps
 
 Everything is kept in columns, by slot or by entry, so that a batch of 256 costs a few numpy calls, not 256 objects.
 """
@@ -254,11 +255,12 @@ class Scheduler:
 
         lengths  [window] steps left in each ready slot's entry
         Returns (which rows, steps to advance). Longer entries always join, for as many steps as the first one wants;
-        shorter ones join if at least half of those steps are theirs, so padding stays below half of any row.
+        shorter ones join if more than half of those steps are theirs, so padding stays below half of any row.
         """
         first = int(lengths[0])
         if self.config.whole:
             fits = (lengths <= first * WHOLE_SPREAD) & (lengths * WHOLE_SPREAD >= first)
+            fits &= lengths * WHOLE_SPREAD >= lengths[fits].max()
             fits &= np.cumsum(lengths * fits) <= self.config.max_whole_steps
             fits[0] = True
             steps = int(lengths[fits].max())
