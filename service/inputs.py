@@ -18,15 +18,14 @@ def bad_rows(tensor: TensorSpec, x: Array, *, passes_non_finite: bool) -> npt.ND
     if x.dtype.kind == "f":
         if passes_non_finite:
             return None
-        is_good = np.isfinite(x)
+        is_good: npt.NDArray[np.bool_] = np.isfinite(x)
     elif tensor.num_ids is not None:
         is_good = (x >= 0) & (x < tensor.num_ids)
     else:
         return None
     if is_good.all():
         return None
-    is_bad: npt.NDArray[np.bool_] = ~np.asarray(is_good).reshape(len(x), -1).all(axis=1)
-    return is_bad
+    return np.asarray(~is_good.reshape(len(x), -1).all(axis=1))
 
 
 def bad_value(tensor: TensorSpec, row: Array, step: int) -> BadValue:
