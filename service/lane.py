@@ -185,7 +185,10 @@ class Lane:
 
     def expire(self, now: float) -> None:
         """End sessions that are past their linger or idle limit."""
+        self.flush(now)
         for slot, idle_s, limit_s in self.sessions.expired(now, self.settings.session_idle_s):
+            if self.scheduler.is_busy(slot):
+                continue
             error = SessionExpired(self._name(slot), idle_s=idle_s, limit_s=limit_s)
             self._fail(slot, error, SessionState.EXPIRED)
 
@@ -408,7 +411,7 @@ class Lane:
         if not is_live.all():
             self.slab.free(slots[~is_live])
         positions = self.sessions.applied[slots]
-        self.sessions.advance(slots[is_live], batch.counts[is_live])
+        self.sessions.advance(slots[is_live], batch.counts[is_live], now)
         self._answer(batch, outputs, positions, is_live)
         is_done = (self.sessions.state[slots] == SessionState.DRAINING) & is_live
         if is_done.any():

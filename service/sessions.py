@@ -143,14 +143,14 @@ class SessionTable:
         """Attach a live session to another link; counting by default goes on at the expected position."""
         details = self.details[slot]
         self.num_replaying += bool(terms.replay_window) - bool(details.terms.replay_window)
-        if not details.terms.replay_window:
-            details.kept_from = int(self.applied[slot])
+        self._forget(details, int(self.applied[slot]) - min(terms.replay_window, details.terms.replay_window))
         details.terms = terms
         details.expires_at = np.inf
         self.link[slot] = link
         self.handle[slot] = handle
         self.state[slot] = SessionState.OPEN
         self.sent[slot] = self.expected[slot]
+        self._rejected_at[slot] = NEVER
         self._used_at[slot] = now
 
     def detach(self, slot: int, now: float) -> bool:
@@ -178,7 +178,10 @@ class SessionTable:
             self.num_replaying -= bool(details.terms.replay_window)
 
     def expired(self, now: float, idle_limit_s: float) -> list[tuple[int, float, float]]:
-        """Sessions past their linger, or idle past the limit (0: none): (slot, idle seconds, limit)."""
+        """Sessions past their linger, or unused past the limit (0: none): (slot, idle seconds, limit).
+
+        The caller spares those whose steps are queued or running.
+        """
         over = [
             (slot, now - self._used_at[slot], details.terms.linger_s)
             for slot, details in self.details.items()
@@ -186,7 +189,6 @@ class SessionTable:
         ]
         if idle_limit_s:
             is_idle = (self.state == SessionState.OPEN) & (self._used_at <= now - idle_limit_s)
-            is_idle &= self.expected == self.applied
             known = {slot for slot, *_ in over}
             over += [
                 (slot, now - self._used_at[slot], idle_limit_s)
@@ -277,9 +279,10 @@ class SessionTable:
         self._rejected_at[slot] = expected
         return position, expected
 
-    def advance(self, slots: Ints, counts: Ints) -> None:
+    def advance(self, slots: Ints, counts: Ints, now: float) -> None:
         """Count queued steps as applied."""
         self.applied[slots] += counts
+        self._used_at[slots] = now
 
     def keep(self, slot: int, kept: Kept) -> None:
         """Keep an answer for a resend, as far as the session's window reaches."""
