@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     max_queued_steps: Positive = 1_048_576
     """Most steps queued for one model version; more are refused at once with a time to retry after."""
     max_unsent_bytes: Positive = 4 * 1024 * 1024
-    """Answers waiting for a client that reads slowly; past it the server stops reading from that client."""
+    """Answers, those of queued steps included, that wait for one stream; past it the server stops reading from it."""
     max_replay_window: Annotated[int, Field(ge=0)] = 1_024
     """Most answers that a session may ask to be kept for a resend."""
     max_linger_s: Seconds = 300.0

@@ -27,7 +27,7 @@ from service.errors import (
     SessionExpired,
     StepAborted,
 )
-from service.events import Answer, Closed, Link, Steps, StepsFailed
+from service.events import Answer, Closed, Event, Link, Steps, StepsFailed
 from service.inputs import bad_rows, bad_value
 from service.scheduler import Batch, BatchConfig, Bools, Dropped, Ints, Scheduler
 from service.sessions import Kept, SessionState, SessionTable, Terms
@@ -101,6 +101,7 @@ class Lane:
         self._inbox: list[Steps] = []
         self._detaching: set[int] = set()
         self._kept_inputs: dict[int, list[list[Array]]] = {}  # by slot, of whole-sequence models
+        self._num_kept_steps = 0
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
 
@@ -174,14 +175,17 @@ class Lane:
 
     def drop(self, link: Link, now: float) -> None:
         """The connection is gone: free every session at once, or detach it if it lingers."""
-        if self._links.pop(link.number, None) is None:
+        if link.number not in self._links:
             return
         self.flush(now)
+        link.sink = _ignore
         mine = np.flatnonzero(self.sessions.link == link.number).tolist() if link.num_live else []
         for slot in mine:
             if not self.sessions.detach(slot, now):
                 self._end(slot, SessionState.CLOSED)
         link.slots.clear()
+        link.num_live = 0
+        del self._links[link.number]
 
     def expire(self, now: float) -> None:
         """End sessions that are past their linger or idle limit."""
@@ -191,6 +195,11 @@ class Lane:
                 continue
             error = SessionExpired(self._name(slot), idle_s=idle_s, limit_s=limit_s)
             self._fail(slot, error, SessionState.EXPIRED)
+
+    def num_unanswered(self, link: Link) -> int:
+        """Steps of a link's sessions that are queued or running."""
+        mine = self.sessions.link == link.number
+        return int((self.sessions.expected[mine] - self.sessions.applied[mine]).sum())
 
     def _take_over(self, slot: int) -> None:
         old = self._links.get(int(self.sessions.link[slot]))
@@ -220,7 +229,7 @@ class Lane:
             closed.final_states = [row[0] for row in self.slab.gather(np.array([slot]))]
         self.sessions.end(slot, state)
         self._detaching.discard(slot)
-        self._kept_inputs.pop(slot, None)
+        self._take_kept(slot)
         if not self.scheduler.cancel(slot):
             self.slab.free(np.array([slot]))
         if link is not None:
@@ -246,6 +255,11 @@ class Lane:
         return f"session with handle {int(self.sessions.handle[slot])}"
 
     # ---- steps in ---------------------------------------------------------------------------------------------------
+
+    @property
+    def num_queued_steps(self) -> int:
+        """Steps that are queued or running, or kept until their whole sequence has come."""
+        return self.scheduler.num_queued_steps + self._num_kept_steps
 
     @property
     def has_inbox(self) -> bool:
@@ -301,15 +315,16 @@ class Lane:
         if self.is_whole:
             for slot, start, length in zip(slots.tolist(), starts.tolist(), lengths.tolist(), strict=True):
                 self._kept_inputs.setdefault(slot, []).append([x[start : start + length] for x in inputs])
+                self._num_kept_steps += length
         else:
             self.scheduler.submit(slots, lengths, starts, inputs, deadlines=deadlines)
 
     def _faults(self, inputs: list[Array], lengths: Ints, starts: Ints) -> dict[int, ServiceError]:
-        """Find entries with values that the model must not see, or all of them if the queue is full."""
-        queued = self.scheduler.num_queued_steps
-        if queued + int(lengths.sum()) > self.settings.max_queued_steps:
-            return {entry: self.overloaded() for entry in range(len(lengths))}
+        """Find entries that the queue has no room for, or with values that the model must not see."""
         faults: dict[int, ServiceError] = {}
+        room = self.settings.max_queued_steps - self.num_queued_steps
+        if lengths.sum() > room:
+            faults = {entry: self.overloaded() for entry in np.flatnonzero(np.cumsum(lengths) > room).tolist()}
         passes = self.settings.non_finite == "pass"
         for tensor, x in zip(self.step_inputs, inputs, strict=True):
             if (is_bad := bad_rows(tensor, x, passes_non_finite=passes)) is not None:
@@ -321,7 +336,7 @@ class Lane:
     def overloaded(self) -> ServiceError:
         """Say that the queue is full."""
         return Overloaded(
-            f"{self.scheduler.num_queued_steps} steps are queued for {self.name}, the limit (max_queued_steps) is "
+            f"{self.num_queued_steps} steps are queued for {self.name}, the limit (max_queued_steps) is "
             f"{self.settings.max_queued_steps}; send again after a while",
             retry_after_s=OVERLOAD_RETRY_S,
         )
@@ -350,11 +365,15 @@ class Lane:
 
     def _submit_whole(self, slot: int) -> None:
         """Queue all that a session of a whole-sequence model has sent."""
-        parts = self._kept_inputs.pop(slot, None)
-        if parts:
+        if parts := self._take_kept(slot):
             inputs = [_joined([part[i] for part in parts]) for i in range(len(self.step_inputs))]
             length = np.array([len(inputs[0])])
             self.scheduler.submit(np.array([slot]), length, np.zeros(1, dtype=np.int64), inputs)
+
+    def _take_kept(self, slot: int) -> list[list[Array]]:
+        parts = self._kept_inputs.pop(slot, [])
+        self._num_kept_steps -= sum(len(part[0]) for part in parts)
+        return parts
 
     def submit_sequences(
         self, link: Link, inputs: list[Array], starts: Ints, lengths: Ints, states: Sequence[Array | None], now: float
@@ -383,7 +402,7 @@ class Lane:
     def next_run(self, now: float) -> Run | None:
         """Form the next run, or None if nothing is ready."""
         for dropped in self.scheduler.expire(now):
-            self._tell_expired(dropped)
+            self._tell_expired(dropped, now)
         batch = self.scheduler.next_batch()
         return self._prepare(batch) if batch is not None else None
 
@@ -423,6 +442,7 @@ class Lane:
 
     def fail(self, run: Run, now: float) -> None:
         """A run failed: run each row alone, so that only sequences that fail by themselves are lost."""
+        self.flush(now)  # what has arrived for a session must not outlive it
         for index in range(len(run.batch.slots)):
             part = self._prepare(run.batch.row(index))
             try:
@@ -487,7 +507,7 @@ class Lane:
                 picked.append(y[rows][np.arange(batch.steps) < batch.counts[rows, None]])
         return picked
 
-    def _tell_expired(self, dropped: Dropped) -> None:
+    def _tell_expired(self, dropped: Dropped, now: float) -> None:
         slot = dropped.slot
         self.sessions.reject(slot, dropped.num_expired + dropped.num_behind)
         expected = int(self.sessions.expected[slot])
@@ -507,6 +527,8 @@ class Lane:
             position += count
         if self.sessions.state[slot] == SessionState.DRAINING:
             self._end(slot, SessionState.CLOSED)
+        elif slot in self._detaching:
+            self._detach(slot, now)
 
     def _count_run(self, batch: Batch, seconds: float) -> None:
         rows = len(batch.slots)
@@ -524,6 +546,10 @@ class Lane:
 
 
 _ANONYMOUS = Terms()
+
+
+def _ignore(event: Event) -> None:
+    """Take the events of a link that is gone."""
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -42,6 +42,8 @@ EXACTNESS = {
     "coupled": pb.EXACTNESS_COUPLED,
 }
 MAX_NAME_BYTES = 256
+ENTRY_BYTES = 16
+"""What an entry's columns take in a message, roughly."""
 
 
 class TensorPlan:
@@ -173,7 +175,7 @@ def tensor_of(name: str, rows: Array, plan: TensorPlan, lengths: Ints | None = N
 
 def answer_size(answer: Answer) -> int:
     """Bytes that an answer takes, roughly."""
-    return 16 * len(answer.handles) + sum(rows.nbytes for rows in answer.outputs)
+    return ENTRY_BYTES * len(answer.handles) + sum(rows.nbytes for rows in answer.outputs)
 
 
 def write_answers(answers: Sequence[Answer], plans: Sequence[TensorPlan], message: pb.StreamAnswer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 
 from service.engine import Engine
-from service.errors import InvalidInput, ShapeMismatch
+from service.errors import InvalidInput, ServiceError, ShapeMismatch
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
@@ -93,12 +93,14 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         try:
             await self._read(stream, writer, context)
             await writer
+        except ServiceError:  # the status can only be sent once no message is being written
+            stream.finish_writing()
+            await writer
+            raise
         finally:
             self.streams.discard(stream)
             stream.drop()
-            if not writer.done():
-                writer.cancel()
-                await asyncio.wait([writer])
+            writer.cancel()
 
     @staticmethod
     async def _read(stream: Stream, writer: asyncio.Task[None], context: Context) -> None:

@@ -7,6 +7,7 @@ others alone; what is wrong with the frame rejects the steps of all of its sessi
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import grpc.aio
@@ -19,13 +20,24 @@ from service.engine import Engine
 from service.errors import InvalidInput, NotSteppable, ServiceError, SessionNotFound, ShapeMismatch
 from service.events import Answer, Event, Link, Steps, StepsFailed
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
-from service.rpc.codec import MAX_NAME_BYTES, STEP_MODES, LanePlan, answer_size, split_answer, write_answers
+from service.rpc.codec import (
+    ENTRY_BYTES,
+    MAX_NAME_BYTES,
+    STEP_MODES,
+    LanePlan,
+    answer_size,
+    split_answer,
+    write_answers,
+)
 from service.rpc.status import status_of
 from service.sessions import SessionState, Terms
 
+log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 MAX_ANSWER_BYTES = 1024 * 1024
 """Answers are cut above it, so that a client with gRPC's default limit of 4 MiB can read them."""
+CHECK_STEPS = 1024
+"""Steps that are taken between two looks for room, at most."""
 _REASONS = {
     SessionState.CLOSED: pb.CLOSE_REASON_CLIENT,
     SessionState.EXPIRED: pb.CLOSE_REASON_EXPIRED,
@@ -55,11 +67,12 @@ class Stream:
         self._waiting: list[pb.StreamPredictResponse] = []
         self._events = pb.StreamAnswer()
         self._num_unsent_bytes = 0
+        self._num_unchecked_steps = 0  # taken since room was last looked for
+        self._step_bytes = ENTRY_BYTES + sum(plan.row_bytes for plan in self._output_plans)
         self._has_frames = False
         self._is_finishing = False
         self._wakeup: asyncio.Future[None] | None = None
-        self._has_room = asyncio.Event()
-        self._has_room.set()
+        self._has_written = asyncio.Event()
         self._waiting.append(
             pb.StreamPredictResponse(
                 opened=pb.StreamOpened(
@@ -102,6 +115,7 @@ class Stream:
                 steps = self._without(steps, set(unknown))
             if steps is not None:
                 steps.slots = [link.slots[handle] for handle in steps.handles]
+                self._num_unchecked_steps += len(steps.inputs[0])
                 self._engine.submit(lane, steps)
         for handle in frame.closes:
             self._close(handle)
@@ -112,6 +126,12 @@ class Stream:
         self._is_finishing = True
         self._lane.finish(self._link, self._engine.clock())
         self._engine.wake()
+        self._wake()
+
+    def finish_writing(self) -> None:
+        """Let the writer end when it has written what waits, whatever its sessions do."""
+        self._is_finishing = True
+        self.drop()
         self._wake()
 
     def drop(self) -> None:
@@ -224,32 +244,46 @@ class Stream:
     # ---- answers ----------------------------------------------------------------------------------------------------
 
     async def has_room(self) -> None:
-        """Wait while the client reads so slowly that nothing more should be taken from it."""
-        await self._has_room.wait()
+        """Wait while too much is unanswered or unread, so that a client that reads slowly is read from slowly.
+
+        What is queued counts by the size of its answers. A stream of one session may fill half of its queue, so that
+        it is slowed down rather than refused; where there are more, one full queue must not hold up the others.
+        """
+        lane, settings = self._lane, self._lane.settings
+        if self._num_unchecked_steps < min(settings.max_inflight_steps // 4, CHECK_STEPS) and not self._answers:
+            return
+        while not lane.is_whole:
+            self._num_unchecked_steps = 0
+            num_steps = lane.num_unanswered(self._link)
+            is_full = self._link.num_live == 1 and num_steps > settings.max_inflight_steps // 2
+            if not is_full and num_steps * self._step_bytes + self._num_unsent_bytes <= settings.max_unsent_bytes:
+                return
+            self._has_written.clear()
+            await self._has_written.wait()
 
     async def write_to(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Write answers as they come, until the client has sent all and every session has ended."""
+        """Write answers as they come, until the client has sent all and every session has ended, or it is gone."""
         try:
             while True:
                 for message in self._pack():
                     await context.write(message)
                 self._num_unsent_bytes = sum(answer_size(answer) for answer in self._answers)
-                self._has_room.set()
+                self._has_written.set()
                 if self._waiting or self._answers or self._has_events():
                     continue
                 if self._is_finishing and not self._link.num_live:
                     return
                 self._wakeup = asyncio.get_running_loop().create_future()
                 await self._wakeup
+        except grpc.aio.InternalError:  # a message can't be written any more: the connection broke
+            log.debug("a client of %s is gone", self._lane.name)
         finally:
-            self._has_room.set()
+            self._has_written.set()
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Answer):
             self._answers.append(event)
             self._num_unsent_bytes += answer_size(event)
-            if self._num_unsent_bytes > self._lane.settings.max_unsent_bytes:
-                self._has_room.clear()
         elif isinstance(event, StepsFailed):
             kind = pb.STEP_ERROR_KIND_SESSION_FAILED if event.is_over else pb.STEP_ERROR_KIND_STEP_REJECTED
             self._events.errors.add(
