@@ -70,7 +70,7 @@ class PredictCall:
                 error = bad_value(tensor, x[row], row - int(self._starts[sequence]))
                 error.args = (f"sequence {sequence}: {error}",)
                 raise error
-        if lane.scheduler.num_queued_steps + int(sequences.lengths.sum()) > lane.settings.max_queued_steps:
+        if lane.num_queued_steps + int(sequences.lengths.sum()) > lane.settings.max_queued_steps:
             raise lane.overloaded()
         num_steps, num = int(sequences.lengths.sum()), len(sequences.lengths)
         self._outputs = []

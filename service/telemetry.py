@@ -65,7 +65,7 @@ class _EngineCollector(Collector):
                 "sessions": lane.num_sessions,
                 "slots_used": lane.slab.num_allocated,
                 "slots": lane.slab.capacity,
-                "queued_steps": lane.scheduler.num_queued_steps,
+                "queued_steps": lane.num_queued_steps,
             }.items():
                 gauges[name].add_metric(labels, value)
             for reason, count in tally.rejected.items():
