@@ -1,0 +1,67 @@
+"""What goes wrong on the training side; every message is one line and says what to do next.
+
+ModelsError
+├── MissingExtra      a package of an optional extra is not installed
+├── UnknownTask       no task of that name
+├── RecipeError       settings of a run that make no sense, alone or for its task
+├── DataError         data could not be made again, or came out different
+├── RunError          a run's directory is missing, taken or damaged
+├── ExportError       a file could not be made
+│   └── ParityError   the file would answer differently from the model it came from
+└── ModelFileError    a file that is not a model of ours, or is damaged
+"""
+
+from __future__ import annotations
+
+
+class ModelsError(Exception):
+    """Base of all errors that a person is shown."""
+
+
+class MissingExtra(ModelsError):
+    """A package of an optional extra is not installed; install the extra."""
+
+    def __init__(self, what: str, *, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{what} needs the {purpose} extra ({package} is missing): pip install 'rnnserve[{extra}]'")
+        self.extra = extra
+
+
+class UnknownTask(ModelsError):
+    """No task has that name; choose one of those listed."""
+
+    def __init__(self, name: str, *, known: tuple[str, ...]) -> None:
+        super().__init__(f"no task {name!r}: there are {', '.join(known)}")
+
+
+class RecipeError(ModelsError):
+    """Settings of a run make no sense, alone or for its task; change the one that is named."""
+
+
+class DataError(ModelsError):
+    """Data could not be made again from its package, or came out different from what ships."""
+
+
+class RunError(ModelsError):
+    """A run's directory is missing, taken or damaged; name another, or go on with --resume."""
+
+
+class ExportError(ModelsError):
+    """A model file could not be made; nothing was written."""
+
+
+class ParityError(ExportError):
+    """onnxruntime's answers differ from torch's; nothing was written. Report it with the numbers."""
+
+    def __init__(self, case: str, output: str, *, error: float, tolerance: float, where: tuple[int, ...]) -> None:
+        at = ", ".join(map(str, where))
+        super().__init__(
+            f"not written: torch and onnxruntime differ by {error:.3g} in {output!r} at [{at}] ({case}); "
+            f"allowed is {tolerance:.0e}, absolute and relative to the value"
+        )
+        self.case = case
+        self.output = output
+        self.error = error
+
+
+class ModelFileError(ModelsError):
+    """A file is not a model of ours, or is damaged; export it again."""
