@@ -1,0 +1,204 @@
+"""Networks by topology: recurrent layers and a head, with the scaling of raw units inside.
+
+Every net keeps one contract: (x [batch, time, features], lengths [batch] int32, *states) -> (y, *next states). States
+are batch-first, [batch, directions, hidden], named by `state_names`. Rows of a per-step y past a row's length are
+padding.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.errors import RecipeError
+from models.layers import STATES, Recurrent
+from models.recipe import Activation, Recipe
+from models.spec import Cell
+from models.tasks.base import Scaling, Task
+
+FOLD_LIMIT = 32.0
+"""Largest |input_mean| / input_scale to fold into weights; above it, float32 would cancel too many digits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetConfig:
+    """Shape of a net."""
+
+    cell: Cell
+    """Recurrent cell."""
+    inputs: int
+    """Features of a step."""
+    outputs: int
+    """Classes, or values of an answer."""
+    hidden: int
+    """Hidden units of each layer, per direction."""
+    layers: int = 1
+    """Recurrent layers, one on the other."""
+    bidirectional: bool = False
+    """Whether layers also read the sequence from its end."""
+    activation: Activation = "tanh"
+    """Activation of an rnn cell; others have tanh inside."""
+    dropout: float = 0.0
+    """Probability that an output of a recurrent layer is dropped on its way to the next layer or the head."""
+    is_classifier: bool
+    """Whether the answer is probabilities."""
+    one_answer: bool
+    """Whether the sequence as a whole has one answer (many-to-one), or every step its own (many-to-many)."""
+    changes_of: tuple[int, ...] = ()
+    """Input features that the head's output is added to; empty: none."""
+
+    @property
+    def is_per_sequence(self) -> bool:
+        """Whether y is [batch, outputs]: one answer, and a backward layer that has none to give before the end."""
+        return self.one_answer and self.bidirectional
+
+
+class RecurrentNet(nn.Module):
+    """Recurrent layers under a linear head, raw units in and raw units or probabilities out.
+
+    A causal net answers at every step; of a many-to-one net, that is the running answer, and the last is final. A
+    bidirectional many-to-one net answers once, from the state that each direction ends in.
+    """
+
+    input_mean: Tensor
+    input_scale: Tensor
+    output_mean: Tensor
+    output_scale: Tensor
+
+    def __init__(self, config: NetConfig, scaling: Scaling) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.inputs] + [config.hidden * (2 if config.bidirectional else 1)] * config.layers
+        self.layers = nn.ModuleList(
+            Recurrent(
+                config.cell, width, config.hidden, bidirectional=config.bidirectional, activation=config.activation
+            )
+            for width in widths[:-1]
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(widths[-1], config.outputs)
+        for name in ("input_mean", "input_scale", "output_mean", "output_scale"):
+            self.register_buffer(name, torch.from_numpy(np.array(getattr(scaling, name), dtype=np.float32)))
+        self.scales_input = True
+        self.scales_output = not config.is_classifier
+
+    @property
+    def recurrent(self) -> list[Recurrent]:
+        """The recurrent layers, first to last."""
+        return cast("list[Recurrent]", list(self.layers))
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the states, in the order that `forward` takes and returns them."""
+        kinds = STATES[self.config.cell]
+        return tuple(f"state.{layer}.{kind}" for layer in range(self.config.layers) for kind in kinds)
+
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """(directions, hidden) of every state."""
+        return (2 if self.config.bidirectional else 1, self.config.hidden)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, x: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """Answer, and carry the states on.
+
+        x        [batch, time, features] float32, raw units
+        lengths  [batch] int32, from 1 to time
+        states   in the order of state_names, each [batch, directions, hidden]
+        Returns (y, *next states): y is [batch, time, outputs], or [batch, outputs] where config.is_per_sequence.
+        """
+        raw = x.transpose(0, 1)
+        steps = self._scaled(raw)
+        per_layer = len(STATES[self.config.cell])
+        following: list[Tensor] = []
+        last: tuple[Tensor, ...] = ()
+        for number, layer in enumerate(self.recurrent):
+            steps, last = layer(steps, lengths, states[number * per_layer : (number + 1) * per_layer])
+            steps = self.dropout(steps)
+            following += last
+        if self.config.is_per_sequence:
+            y = self._answer(self.dropout(last[0].flatten(1)), raw)
+        else:
+            y = self._answer(steps, raw).transpose(0, 1)
+        return (y.softmax(-1) if self.config.is_classifier else y, *following)
+
+    def scores(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """What training compares with targets: `forward` from zero states without the softmax.
+
+        Returns [batch, time, outputs], or [batch, outputs] where config.is_per_sequence.
+        """
+        raw = x.transpose(0, 1)
+        steps = self._scaled(raw)
+        for layer in self.recurrent:
+            steps = self.dropout(layer.outputs(steps, lengths))
+        if not self.config.is_per_sequence:
+            return self._answer(steps, raw).transpose(0, 1)
+        # Forward ends at a row's last step, backward at its first: steps holds both.
+        ends = steps[lengths.long() - 1, torch.arange(len(lengths))]
+        hidden = self.config.hidden
+        return self._answer(torch.cat([ends[:, :hidden], steps[0, :, hidden:]], dim=1), raw)
+
+    def for_export(self) -> RecurrentNet:
+        """Copy the net with the scaling folded into its weights, ready for torch.onnx.export.
+
+        Features far from zero for their spread (FOLD_LIMIT) keep their scaling as nodes of the graph. The copy rounds
+        differently from the net it came from; the export gate compares it with that net.
+        """
+        net = copy.deepcopy(self).cpu().eval()
+        mean, scale = self.input_mean.cpu().numpy(), self.input_scale.cpu().numpy()
+        if np.abs(mean / scale).max() <= FOLD_LIMIT:
+            net.recurrent[0].absorb(mean, scale)
+            net.scales_input = False
+        if net.scales_output:
+            with torch.no_grad():
+                net.head.weight.copy_(self.head.weight.double() * self.output_scale.double()[:, None])
+                net.head.bias.copy_(self.head.bias.double() * self.output_scale.double() + self.output_mean.double())
+            net.scales_output = False
+        for layer in net.recurrent:
+            layer.freeze()
+        return net
+
+    def _scaled(self, raw: Tensor) -> Tensor:
+        return (raw - self.input_mean) * (1.0 / self.input_scale) if self.scales_input else raw
+
+    def _answer(self, hidden: Tensor, raw: Tensor) -> Tensor:
+        """Apply the head; hidden [..., width], raw [time, batch, features]; returns [..., outputs]."""
+        answer: Tensor = self.head(hidden)
+        if self.scales_output:
+            answer = answer * self.output_scale + self.output_mean
+        if self.config.changes_of:
+            same = self.config.changes_of == tuple(range(self.config.inputs))
+            answer = answer + (raw if same else raw[..., list(self.config.changes_of)])
+        return answer
+
+
+def build(task: Task, recipe: Recipe) -> RecurrentNet:
+    """Make an untrained net for a task, its scaling measured on the training split.
+
+    Raises RecipeError when the recipe does not fit the task.
+    """
+    if recipe.bidirectional and task.looks_ahead:
+        raise RecipeError(f"{task.name} cannot be bidirectional: {task.looks_ahead}, which a backward layer reads")
+    config = NetConfig(
+        cell=recipe.cell,
+        inputs=task.num_features,
+        outputs=task.num_outputs,
+        hidden=recipe.hidden,
+        layers=recipe.layers,
+        bidirectional=recipe.bidirectional,
+        activation=recipe.activation,
+        dropout=recipe.dropout,
+        is_classifier=task.is_classification,
+        one_answer=task.topology == "many-to-one",
+        changes_of=task.changes_of,
+    )
+    return RecurrentNet(config, task.scaling())
