@@ -36,6 +36,7 @@ MAX_ELEMENTS = 2**31
 MAX_DIMS = 32
 """Most dimensions that every supported numpy can hold."""
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _IS_LITTLE = sys.byteorder == "little"
 
 
@@ -68,10 +69,12 @@ def wire_dtype(name: str, *, field: str | None = None) -> np.dtype[Any]:
 
 def dtype_name(array: Array, *, field: str | None = None) -> str:
     """Name an array's dtype, whatever its byte order. Raises InvalidInput for one that can't travel."""
-    name: str = array.dtype.name
-    if name not in DTYPES:
-        raise InvalidInput(f"dtype {name}: expected one of {', '.join(DTYPES)}", field=field)
-    return name
+    name = _NAMES.get(array.dtype)  # numpy's own `name` is slow, and this is asked for every step
+    if name is not None:
+        return name
+    if array.dtype.name not in DTYPES:
+        raise InvalidInput(f"dtype {array.dtype.name}: expected one of {', '.join(DTYPES)}", field=field)
+    return str(array.dtype.name)
 
 
 def decode(

@@ -168,7 +168,10 @@ class SequenceMachine:
     def cut(self, chunk: Mapping[str, Array]) -> Iterator[tuple[dict[str, Array], bool]]:
         """Cut a chunk into what frames may carry: (part, whether it is the last)."""
         num_steps = len(next(iter(chunk.values())))
-        step_bytes = sum(array.nbytes for array in chunk.values()) // max(1, num_steps)
+        if num_steps == 1:
+            yield dict(chunk), True
+            return
+        step_bytes = sum(array.nbytes for array in chunk.values()) // num_steps
         size = max(1, min(MAX_FRAME_STEPS, self.window, MAX_FRAME_BYTES // max(1, step_bytes)))
         for start in range(0, num_steps, size):
             yield {name: array[start : start + size] for name, array in chunk.items()}, start + size >= num_steps

@@ -1,0 +1,231 @@
+"""Input files of the command line -> arrays. What can't be read is told with file, line and column."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from service.client import _codec
+from service.client.errors import InvalidArgument
+from service.client.info import ModelInfo, TensorInfo
+from service.tensors import Array
+
+STDIN = "-"
+Step = Array | dict[str, Array]
+"""One timestep: [*row_shape] of the only per-step input, or by name."""
+
+
+class InputError(click.ClickException):
+    """Input that can't be read; the message names the place."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        """Print one line on standard error."""
+        click.echo(f"rnnserve: {self.format_message()}", file=file, err=True)
+
+
+def read_sequences(path: str, info: ModelInfo) -> list[tuple[str, Step]]:
+    """Read the whole sequences of a file: (name, [time, *row_shape] or that by name of input).
+
+    .npy holds one sequence, or several of one length in its first axis; .npz one a name, or one of several inputs by
+    their names; anything else is text with a step a line. Raises InputError.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".npy":
+        return _split(path, _load(path), info)
+    if suffix == ".npz":
+        arrays = _load(path)
+        if len(info.step_inputs) > 1:
+            return [(path, {name: arrays[name] for name in arrays})]
+        return [found for name in arrays for found in _split(f"{path}:{name}", arrays[name], info)]
+    steps: list[Any] = list(read_steps(path, info))
+    if not steps:
+        raise InputError(f"{path}: no timesteps")
+    if len(info.step_inputs) > 1:
+        return [(path, {spec.name: np.stack([step[spec.name] for step in steps]) for spec in info.step_inputs})]
+    return [(path, np.stack(steps))]
+
+
+def read_steps(path: str, info: ModelInfo) -> Iterator[Step]:
+    """Read timesteps as they come: from standard input ("-") each line when it is there. Raises InputError."""
+    suffix = Path(path).suffix.lower()
+    if suffix in (".npy", ".npz"):
+        sequences = read_sequences(path, info)
+        if len(sequences) != 1:
+            raise InputError(f"{path}: expected one sequence, got {len(sequences)}")
+        sequence = sequences[0][1]
+        if not isinstance(sequence, dict):
+            yield from sequence
+            return
+        chunk = _codec.chunk_of(info, sequence)
+        for i in range(len(next(iter(chunk.values())))):
+            yield {name: array[i] for name, array in chunk.items()}
+        return
+    lines = _stdin_lines() if path == STDIN else _file_lines(path)
+    yield from _parse("standard input" if path == STDIN else path, lines, info)
+
+
+def _load(path: str) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a NumPy file that can be read: {error}") from error
+
+
+def _split(name: str, array: Array, info: ModelInfo) -> list[tuple[str, Step]]:
+    """Tell one sequence from several by the number of axes."""
+    spec = _sole_input(info)
+    num_axes = len(spec.row_shape)
+    if array.ndim == num_axes and spec.row_shape == (1,):
+        array = array[:, None]
+    if array.ndim == num_axes + 1:
+        return [(name, array)]
+    if array.ndim == num_axes + 2:
+        return [(f"{name}[{i}]", each) for i, each in enumerate(array)]
+    expected = ", ".join(["time", *map(str, spec.row_shape)])
+    raise InputError(f"{name}: expected shape [{expected}], got {list(array.shape)}")
+
+
+def _sole_input(info: ModelInfo) -> TensorInfo:
+    if len(info.step_inputs) != 1:
+        names = ", ".join(spec.name for spec in info.step_inputs)
+        raise InputError(f"model {info.name} takes several inputs ({names}): give them by name, in .npz or JSON lines")
+    return info.step_inputs[0]
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _parse(name: str, lines: Iterable[str], info: ModelInfo) -> Iterator[Step]:
+    """Read lines of JSON or CSV, told apart by the first."""
+    is_json: bool | None = None
+    table: _Table | None = None
+    for number, line in enumerate(lines, 1):
+        text = line.strip().removeprefix("\ufeff")
+        if not text:
+            continue
+        if is_json is None:
+            is_json = text[0] in "[{"
+        if is_json:
+            yield _json_step(f"{name}, line {number}", text, info)
+        elif table is None:
+            table = _Table(_sole_input(info), text)
+            yield from table.first(f"{name}, line {number}", text)
+        else:
+            yield from table.steps(f"{name}, line {number}", text)
+
+
+class _Table:
+    """CSV, with commas, semicolons, tabs or blanks; a first row of names may choose and order the columns."""
+
+    def __init__(self, spec: TensorInfo, first: str) -> None:
+        self._spec = spec
+        self._convert = int if spec.dtype.startswith("int") else float
+        self._delimiter = next((d for d in ",;\t" if d in first), None)
+        self._columns: list[int] | None = None
+
+    def first(self, where: str, line: str) -> list[Array]:
+        """Read the first row: names, or a step."""
+        cells = self._cells(line)
+        if any(_is_number(cell) for cell in cells):
+            return self.steps(where, line)
+        names = self._spec.element_names
+        if names and all(name in cells for name in names):
+            self._columns = [cells.index(name) for name in names]
+        return []
+
+    def steps(self, where: str, line: str) -> list[Array]:
+        """Read a row: one step, or as many as it has token ids. Raises InputError."""
+        cells = self._cells(line)
+        columns = range(len(cells)) if self._columns is None else self._columns
+        values = []
+        for column in columns:
+            try:
+                values.append(self._convert(cells[column]))
+            except (ValueError, IndexError):
+                got = repr(cells[column]) if column < len(cells) else "nothing"
+                kind = "an integer" if self._convert is int else "a number"
+                raise InputError(f"{where}, column {column + 1}: expected {kind}, got {got}") from None
+        shape = self._spec.row_shape
+        if not shape:
+            return [np.asarray(value) for value in values]
+        expected = int(np.prod(shape))
+        if len(values) != expected:
+            column = min(len(values), expected) + 1
+            raise InputError(f"{where}, column {column}: expected {expected} values, got {len(values)}")
+        return [np.asarray(values).reshape(shape)]
+
+    def _cells(self, line: str) -> list[str]:
+        if self._delimiter is None:
+            return line.split()
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=self._delimiter))]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _json_step(where: str, line: str, info: ModelInfo) -> Step:
+    """Read an array, or an object by names of inputs or of the only input's elements."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}, column {error.colno}: not JSON: {error.msg}") from error
+    try:
+        if isinstance(value, dict) and set(value) != {spec.name for spec in info.step_inputs}:
+            spec = _sole_input(info)
+            missing = [name for name in spec.element_names or (spec.name,) if name not in value]
+            if missing:
+                raise InputError(f"{where}, column 1: {', '.join(missing)} is missing")
+            value = [value[name] for name in spec.element_names]
+        step = {name: array[0] for name, array in _codec.step_of(info, value).items()}
+    except InvalidArgument as error:
+        raise InputError(f"{where}, column 1: {error.message}") from error
+    return step if len(step) > 1 else next(iter(step.values()))
+
+
+def _file_lines(path: str) -> Iterator[str]:
+    try:
+        with Path(path).open(encoding="utf-8", newline=None) as file:
+            yield from file
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text: byte {error.start} is not UTF-8") from error
+
+
+def _stdin_lines() -> Iterator[str]:
+    """Yield lines as soon as they are there.
+
+    From the file descriptor: a thread that waits in Python's own buffered reader keeps the interpreter from ending.
+    """
+    try:
+        number = sys.stdin.fileno()
+    except (OSError, ValueError):
+        yield from sys.stdin
+        return
+    rest = b""
+    try:
+        while piece := os.read(number, 1 << 16):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                yield line.decode()
+        yield rest.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not text: {error.reason}") from error
