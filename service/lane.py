@@ -299,8 +299,7 @@ class Lane:
         for entry, error in [*faults.items(), *admission.refusals]:
             self._tell_refused(int(slots[entry]), int(lengths[entry]), positions, entry, error)
         for entry, start, stop in admission.replays:
-            is_entry_whole = not admission.is_admitted[entry]
-            self._replay(int(slots[entry]), start, stop, is_entry_whole=is_entry_whole)
+            self._replay(int(slots[entry]), start, stop, is_entry_whole=stop - start == lengths[entry])
         admitted = admission.is_admitted
         deadlines = None
         if any(m.deadline != np.inf for m in messages):
@@ -359,9 +358,9 @@ class Lane:
             if not is_entry_whole:
                 return
             start = stop - 1
-        outputs = self.sessions.kept_rows(slot, start, stop)
-        handle = int(self.sessions.handle[slot])
-        link.sink(Answer([handle], [start], [stop - start], [outputs[i] for i in link.outputs]))
+        rows = self.sessions.kept_rows(slot, start, stop)
+        outputs = [rows[i] if self.is_output_per_step[i] else rows[i][-1:] for i in link.outputs]
+        link.sink(Answer([int(self.sessions.handle[slot])], [start], [stop - start], outputs))
 
     def _submit_whole(self, slot: int) -> None:
         """Queue all that a session of a whole-sequence model has sent."""
@@ -488,8 +487,11 @@ class Lane:
             slot = int(batch.slots[row])
             details = self.sessions.details.get(slot)
             if details is not None and details.terms.replay_window:
+                count = int(batch.counts[row])
                 kept = self._rows(batch, outputs, [row], range(len(outputs)), emit_last=False)
-                self.sessions.keep(slot, Kept(int(positions[row]), int(batch.counts[row]), kept))
+                # A per-sequence output is one row a run: it stands for each of the run's steps.
+                kept = [np.broadcast_to(y, (count, *y.shape[1:])) for y in kept]
+                self.sessions.keep(slot, Kept(int(positions[row]), count, kept))
 
     def _rows(
         self, batch: Batch, outputs: list[Array], rows: list[int], wanted: Sequence[int], *, emit_last: bool
