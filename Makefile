@@ -3,6 +3,7 @@
 # variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where from.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+RUN := build/runs/vowels
 MODEL := build/repository/vowels/1/model.onnx
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 BIN := .venv/bin
@@ -50,9 +51,13 @@ clean: ## remove what the other targets made
 	rm -rf .venv .venv-protoc build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Order-only: a newer environment is no reason to train again. Remove build/ to do so.
-$(MODEL): | .venv/.installed
-	$(BIN)/rnnserve train vowels --cell gru --hidden 64 --out build/runs/vowels
-	$(BIN)/rnnserve export build/runs/vowels --repository build/repository
+$(MODEL): | .venv/.installed $(RUN)/metrics.json
+	$(BIN)/rnnserve export $(RUN) --repository build/repository --version 1
+
+# Written last, so one that was interrupted starts afresh.
+$(RUN)/metrics.json: | .venv/.installed
+	@rm -rf $(RUN)
+	$(BIN)/rnnserve train vowels --cell gru --hidden 64 --out $(RUN)
 
 # PyTorch first and by its exact name, so that nothing else that is installed can choose another build.
 .venv/.installed: pyproject.toml

@@ -1,6 +1,7 @@
 """Print what the project and the named extras of it need: `requirements.py cpu`.
 
-An image installs these in a layer of their own, before the code, so that a change to the code doesn't install them again.
+An image installs these in a layer of their own, before the code, so that a change to the code doesn't install them
+again.
 """
 
 import sys
