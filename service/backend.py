@@ -55,14 +55,13 @@ class Exactness:
 
 def check_provider(provider: str) -> str:
     """Name the execution provider that will run. Raises ConfigError, saying what to install, where it is absent."""
-    available = ort.get_available_providers()
-    for name in PROVIDERS[provider]:
-        if name in available:
-            return name
+    if present := _present(provider):
+        return present[0]
+    available = ", ".join(ort.get_available_providers())
     raise ConfigError(
         f"provider {provider!r} needs {PROVIDERS[provider][0]}, but this onnxruntime ({ort.__version__}) has only "
-        f"{', '.join(available)}: pip uninstall onnxruntime, then pip install 'rnnserve[gpu]' on a machine with an "
-        "NVIDIA driver; or serve with --provider cpu, or cuda,cpu to fall back",
+        f"{available}: pip uninstall onnxruntime, then pip install 'rnnserve[gpu]' on a machine with an NVIDIA driver; "
+        "or serve with --provider cpu, or cuda,cpu to fall back",
         field="provider",
     )
 
@@ -86,9 +85,9 @@ class Backend:
         except OSError as error:
             raise ModelBroken(f"{path}: can't be read: {error.strerror}") from error
         try:
-            self._session = ort.InferenceSession(content, options, providers=PROVIDERS[provider])
+            self._session = ort.InferenceSession(content, options, providers=_present(provider))
         except Exception as error:  # its errors have no common base
-            raise ModelBroken(f"{path}: onnxruntime can't load it: {_first_line(error)}") from error
+            raise ModelBroken(f"{path}: onnxruntime can't load it: {_one_line(error)}") from error
         self.provider: str = self._session.get_providers()[0]
         if provider == "cuda" and self.provider != PROVIDERS[provider][0]:
             raise ConfigError(
@@ -124,7 +123,7 @@ class Backend:
         try:
             results = self._session.run(self._output_names, feeds)
         except Exception as error:
-            raise RunFailed(f"onnxruntime failed: {_first_line(error)}") from error
+            raise RunFailed(f"onnxruntime failed: {_one_line(error)}") from error
         return results[: self._num_outputs], results[self._num_outputs :]
 
     def probe(self) -> Exactness:
@@ -153,36 +152,40 @@ class Backend:
         """Say how the graph differs from the spec, or None."""
         takes = {value.name: value for value in self._session.get_inputs()}
         gives = {value.name: value for value in self._session.get_outputs()}
-        declared = {t.name: (t.dtype, t.row_shape) for t in self.graph.inputs}
-        declared |= {s.name: (s.dtype, s.row_shape) for s in self.graph.states} | {LENGTHS: ("int32", ())}
+        declared = {t.name: (t.dtype, _shape(t.layout, t.row_shape)) for t in self.graph.inputs}
+        declared |= {s.name: (s.dtype, _shape(Layout.PER_SEQUENCE, s.row_shape)) for s in self.graph.states}
+        declared[LENGTHS] = ("int32", _shape(Layout.PER_SEQUENCE, ()))
         if takes.keys() != declared.keys():
             return f"inputs {sorted(takes)}, spec {sorted(declared)}"
-        answered = {t.name: (t.dtype, t.row_shape) for t in self.graph.outputs}
-        answered |= {s.next_name: (s.dtype, s.row_shape) for s in self.graph.states}
+        answered = {t.name: (t.dtype, _shape(t.layout, t.row_shape)) for t in self.graph.outputs}
+        answered |= {s.next_name: (s.dtype, _shape(Layout.PER_SEQUENCE, s.row_shape)) for s in self.graph.states}
         if missing := answered.keys() - gives.keys():
             return f"outputs {sorted(missing)} are missing"
         for values, specs in ((takes, declared), (gives, answered)):
-            for name, (dtype, row_shape) in specs.items():
+            for name, (dtype, shape) in specs.items():
                 value = values[name]
-                tail = tuple(value.shape[len(value.shape) - len(row_shape) :])
-                is_same = all(a == b or not isinstance(a, int) for a, b in zip(tail, row_shape, strict=False))
-                if _ORT_TYPES.get(value.type) != dtype or not is_same:
-                    return f"{name} is {value.type} {value.shape}, spec {dtype} {list(row_shape)}"
+                if _ORT_TYPES.get(value.type) != dtype or not _fits(value.shape, shape):
+                    return f"{name} is {value.type} {value.shape}, spec {dtype} {list(shape)}"
         return None
 
     def _sample(self, rng: np.random.Generator, steps: int) -> dict[str, Array]:
         """One sequence of plausible inputs: rows of the golden ones, in any order."""
         sequence = {}
         for tensor in self.graph.inputs:
-            shape = (steps, *tensor.row_shape) if tensor.layout is Layout.PER_STEP else tensor.row_shape
-            golden = self.spec.golden[0].inputs.get(tensor.name) if self.spec.golden else None
-            if tensor.dtype == "float32" and golden and tensor.layout is Layout.PER_STEP:
-                rows = golden.array().reshape(-1, *tensor.row_shape)
-                rows = rows[np.isfinite(rows).reshape(len(rows), -1).all(axis=1)]
+            rows = self._golden_rows(tensor)
+            if len(rows):
                 sequence[tensor.name] = rows[rng.integers(len(rows), size=steps)]
             else:
-                sequence[tensor.name] = _random(rng, tensor, shape)
+                sequence[tensor.name] = _random(rng, tensor, steps)
         return sequence
+
+    def _golden_rows(self, tensor: TensorSpec) -> Array:
+        """Finite golden rows [n, *row shape] of a per-step input; n is 0 where there are none."""
+        golden = self.spec.golden[0].inputs.get(tensor.name) if self.spec.golden else None
+        if golden is None or tensor.layout is not Layout.PER_STEP or tensor.dtype != "float32":
+            return np.empty((0, *tensor.row_shape))
+        rows = golden.array().reshape(-1, *tensor.row_shape)
+        return rows[np.isfinite(rows).reshape(len(rows), -1).all(axis=1)]
 
     def _neighbours(self, rng: np.random.Generator, quiet: dict[str, Array]) -> list[list[dict[str, Array]]]:
         floats = [t.name for t in self.graph.inputs if t.dtype == "float32"]
@@ -240,7 +243,30 @@ class Backend:
         return joined + [s[0] for s in states]
 
 
-def _random(rng: np.random.Generator, tensor: TensorSpec, shape: tuple[int, ...]) -> Array:
+def _present(provider: str) -> list[str]:
+    """Execution providers of a setting that this onnxruntime has."""
+    available = ort.get_available_providers()
+    return [name for name in PROVIDERS[provider] if name in available]
+
+
+def _shape(layout: Layout, row_shape: tuple[int, ...]) -> tuple[str | int, ...]:
+    """Dimensions in the graph; those with a name must be dynamic."""
+    leading = {Layout.PER_STEP: ("batch", "time"), Layout.PER_SEQUENCE: ("batch",), Layout.SHARED: ()}
+    return (*leading[layout], *row_shape)
+
+
+def _fits(found: Sequence[str | int | None], wanted: tuple[str | int, ...]) -> bool:
+    """Whether a graph's dimensions, as far as it knows them, are the wanted ones."""
+    if not found:  # it does not know them
+        return True
+    return len(found) == len(wanted) and all(
+        not isinstance(a, int) or a == b for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _random(rng: np.random.Generator, tensor: TensorSpec, steps: int) -> Array:
+    """Random values of an input of one sequence."""
+    shape = (steps, *tensor.row_shape) if tensor.layout is Layout.PER_STEP else tensor.row_shape
     if tensor.dtype in ("int64", "int32"):
         return rng.integers(tensor.num_ids or 2, size=shape).astype(tensor.dtype)
     if tensor.dtype == "bool":
@@ -261,5 +287,5 @@ def _difference(ours: list[Array], theirs: list[Array]) -> float:
     return worst
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
