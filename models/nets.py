@@ -69,6 +69,7 @@ class RecurrentNet(nn.Module):
     input_scale: Tensor
     output_mean: Tensor
     output_scale: Tensor
+    changes_of: Tensor
 
     def __init__(self, config: NetConfig, scaling: Scaling) -> None:
         super().__init__()
@@ -84,6 +85,7 @@ class RecurrentNet(nn.Module):
         self.head = nn.Linear(widths[-1], config.outputs)
         for name in ("input_mean", "input_scale", "output_mean", "output_scale"):
             self.register_buffer(name, torch.from_numpy(np.array(getattr(scaling, name), dtype=np.float32)))
+        self.register_buffer("changes_of", torch.tensor(config.changes_of, dtype=torch.int64), persistent=False)
         self.scales_input = True
         self.scales_output = not config.is_classifier
 
@@ -176,8 +178,7 @@ class RecurrentNet(nn.Module):
         if self.scales_output:
             answer = answer * self.output_scale + self.output_mean
         if self.config.changes_of:
-            same = self.config.changes_of == tuple(range(self.config.inputs))
-            answer = answer + (raw if same else raw[..., list(self.config.changes_of)])
+            answer = answer + raw.index_select(-1, self.changes_of)
         return answer
 
 

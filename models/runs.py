@@ -96,7 +96,9 @@ class Run:
         try:
             checkpoint: Checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise RunError(f"{self.path} has no {path.name}: it ended before its first epoch did") from error
+            raise RunError(
+                f"{self.path} has no {path.name}: it is no run, or ended before its first epoch did"
+            ) from error
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise RunError(f"{path} is damaged and cannot be read") from error
         if checkpoint.get("format") != FORMAT:

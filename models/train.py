@@ -139,9 +139,9 @@ class _Trainer:
     def resume(self) -> None:
         """Go on from last.pt, or from the start where no epoch was done yet."""
         stored = self.run.read_json("config.json")
-        if stored["task"] != self.task.name or stored["recipe"] != self.recipe.to_dict():
+        if stored.get("task") != self.task.name or stored.get("recipe") != self.recipe.to_dict():
             raise RunError(f"{self.run.path} was made with another recipe; resume it with the one in its config.json")
-        if (self.run.path / "metrics.json").exists() and self.run.read_json("metrics.json")["status"] == "finished":
+        if (self.run.path / "metrics.json").exists() and self.run.read_json("metrics.json").get("status") == "finished":
             raise RunError(f"{self.run.path} is finished, and was tested; train another with another --out")
         if not self.run.last.exists():
             return

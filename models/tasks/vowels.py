@@ -42,7 +42,9 @@ def task() -> Task:
             unit="",
             description="LPC cepstrum coefficients of a frame of speech, 25.6 ms long, one every 6.4 ms",
         ),
-        output=per_step("y", labels, unit="probability", description="who speaks; a causal model judges by the frames so far"),
+        output=per_step(
+            "y", labels, unit="", description="probability of each speaker; a causal model judges by the frames so far"
+        ),
         labels=labels,
         train=_pick(train, ~held_out),
         validation=_pick(train, held_out),

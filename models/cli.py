@@ -1,0 +1,185 @@
+"""The commands `rnnserve train`, `export`, `verify` and `describe`.
+
+Torch-free when imported: each command imports what it needs when it runs, and says which extra is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
+
+import click
+
+from models.checks import TOLERANCE
+from models.errors import MissingExtra, ModelsError, RecipeError, UnknownTask
+from models.recipe import Recipe
+from models.tasks import NAMES, load
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_TRAIN_MODULES = ("torch", "onnx", "onnxscript", "matplotlib", "tqdm")
+
+
+def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn what goes wrong on purpose into one line on standard error and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (MissingExtra, RecipeError, UnknownTask) as error:
+            _end(str(error), USAGE)
+        except ModelsError as error:
+            _end(str(error), FAILED)
+
+    return run
+
+
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for every setting of a recipe; its help is the text under the field."""
+    for name, field in reversed(Recipe.model_fields.items()):
+        flag = f"--{name.replace('_', '-')}"
+        choices = get_args(field.annotation)
+        kind: Any = click.Choice(choices) if choices else field.annotation
+        switch = f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag
+        command = click.option(
+            switch, name, type=kind, default=None, help=f"{field.description}  [default: the task's]"
+        )(command)
+    return command
+
+
+@click.command(short_help="Train a net on a task.")
+@click.argument("task", type=click.Choice(NAMES))
+@recipe_options
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/TASK-CELL]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, as if it had never been interrupted.")
+@reports_errors
+def train(task: str, out: Path | None, resume: bool, **settings: Any) -> None:
+    """Train a net on a task, and write a run's directory.
+
+    It holds config.json, metrics.json, curves.csv, curves.png, best.pt (the epoch with the best validation loss) and
+    last.pt (to resume from). Ctrl-C keeps the best so far.
+    """
+    with _extra("train", *_TRAIN_MODULES):
+        from models.runs import Run
+        from models.train import train as run_training
+
+    chosen = load(task)
+    given = {name: value for name, value in settings.items() if value is not None}
+    recipe = chosen.recipe.changed(**given)
+    out = out or Path("runs") / f"{task}-{recipe.cell}"
+    if resume:
+        recipe = Recipe.of(Run(out).read_json("config.json").get("recipe")).changed(**given)
+    outcome = run_training(chosen, recipe, out, resume=resume)
+    metrics = outcome.metrics
+    if not outcome.is_finished:
+        click.echo(
+            f"interrupted after epoch {metrics['epochs']}; the best so far, epoch {metrics['best_epoch']} with a "
+            f"validation loss of {metrics['validation']['loss']:.4g}, is kept in {out}: export it as it is, or go on "
+            f"with `rnnserve train {task} --out {out} --resume`",
+            err=True,
+        )
+        raise SystemExit(INTERRUPTED)
+    click.echo(
+        f"{task}: {recipe.cell}, {recipe.layers} x {recipe.hidden} units, {metrics['num_parameters']:,} parameters; "
+        f"{metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s, the best was epoch {metrics['best_epoch']}"
+    )
+    unit = chosen.output.unit if chosen.kind == "regression" else ""
+    for split in ("validation", "test"):
+        for name, baseline in metrics["baseline"][split].items():
+            score = f"{name} {metrics[split][name]:.4f} {unit}".rstrip()
+            click.echo(f"  {split:<10}  {score}  ({metrics['baseline']['name']}: {baseline:.4f})")
+    click.echo(f"next: rnnserve export {out} --repository repository")
+
+
+@click.command(short_help="Export a run to ONNX.")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--repository", type=click.Path(path_type=Path), required=True, help="Directory that a server reads models from."
+)
+@click.option("--name", help="Name of the model.  [default: the task's]")
+@click.option("--version", type=int, help="Version of the model.  [default: the next]")
+@reports_errors
+def export(run: Path, repository: Path, name: str | None, version: int | None) -> None:
+    """Export a run's best net as REPOSITORY/NAME/VERSION/model.onnx.
+
+    Before it is written, onnxruntime's answers are compared with torch's; a file that differs is not written.
+    """
+    with _extra("export", *_TRAIN_MODULES, "onnxruntime"):
+        from models.export import export_run
+        from models.runs import Run
+
+    exported = export_run(Run(run), repository, name=name, version=version)
+    spec = exported.spec
+    operators = ", ".join(f"{count} {operator}" for operator, count in spec.graph.operators.items())
+    click.echo(f"{exported.path}: {exported.size:,} bytes, {operators}")
+    click.echo(
+        f"  torch and onnxruntime differ by {spec.parity.max_abs_error:.2g} at most, in {spec.parity.num_cases} cases "
+        f"({spec.parity.tolerance:.0e} is allowed)"
+    )
+    click.echo(f"  {spec.step_mode[0].value}: {spec.step_mode[1]}")
+    click.echo(f"next: rnnserve serve --repository {repository}")
+
+
+@click.command(short_help="Check a model file.")
+@click.argument("file", type=click.Path(path_type=Path))
+@reports_errors
+def verify(file: Path) -> None:
+    """Check that a model file answers here as it did where it was made.
+
+    Its golden inputs are run, and a causal model also whole against in chunks with the state carried on; onnxruntime
+    is all that is needed. Exits with 0 when every answer is right, else with 1.
+    """
+    with _extra("verify", "onnxruntime"):
+        from models.modelfile import ModelFile
+
+    checks = ModelFile(file).verify()
+    for check in checks:
+        verdict = "ok" if check.is_passed else "FAILED"
+        click.echo(f"{verdict:<6}  {check.name}: off by {check.error:.2g} at most, in {check.worst}")
+    if failed := [check.name for check in checks if not check.is_passed]:
+        _end(f"{file}: {', '.join(failed)} off by more than {TOLERANCE:.0e}; do not serve it", FAILED)
+    click.echo(f"{file} answers as it should, within {TOLERANCE:.0e}")
+
+
+@click.command(short_help="Describe a model file.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@reports_errors
+def describe(file: Path, as_json: bool) -> None:
+    """Describe a model file: what it takes and answers, how it can be stepped, where it came from."""
+    with _extra("describe", "onnxruntime"):
+        from models import describe as describing
+        from models.modelfile import ModelFile
+
+    model = ModelFile(file, optimize=False)
+    click.echo(json.dumps(describing.as_json(model), indent=2) if as_json else describing.as_text(model))
+
+
+@contextmanager
+def _extra(command: str, *modules: str) -> Iterator[None]:
+    """Import what a command needs; say which extra brings a module that is missing."""
+    import importlib
+
+    try:
+        for module in modules:
+            importlib.import_module(module)
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in modules:
+            raise
+        extra, purpose = ("cpu", "runtime") if package == "onnxruntime" else ("train", "training")
+        raise MissingExtra(f"rnnserve {command}", package=package, extra=extra, purpose=purpose) from error
+
+
+def _end(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    raise SystemExit(code)

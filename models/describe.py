@@ -1,0 +1,102 @@
+"""What a model file says of itself, for people and for programs. Torch-free."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+from models.modelfile import ModelFile
+from models.spec import LENGTHS, Layout, Spec, StateSpec, TensorSpec
+
+_WIDTH = 110
+_INDENT = 14
+
+
+def as_json(model: ModelFile) -> dict[str, Any]:
+    """Everything but the golden arrays, which are numbers for programs that check the file."""
+    mode, why = model.spec.step_mode
+    return {
+        "path": str(model.path),
+        "size": model.size,
+        "sha256": model.digest,
+        "step_mode": mode.value,
+        "step_mode_reason": why,
+        "num_golden": len(model.spec.golden),
+        "spec": model.spec.model_dump(mode="json", exclude={"golden"}),
+    }
+
+
+def as_text(model: ModelFile) -> str:
+    """Describe a file in lines for people."""
+    spec = model.spec
+    mode, why = spec.step_mode
+    training = spec.training
+    parity = spec.parity
+    lines = [str(model.path)]
+    lines += _entry("task", f"{training.task}, {spec.topology}")
+    lines += _entry("data", training.data_set + (f"; licence {training.license}" if training.license else ""))
+    lines += _entry("cell", f"{spec.cell.upper()}, activation {spec.activation}")
+    lines += _entry("layers", *_layers(spec))
+    lines += _entry("parameters", f"{spec.num_parameters:,}")
+    lines += _entry("step mode", f"{mode.value}: {why}")
+    for graph in spec.graphs:
+        of = "" if graph.role == "model" else f" of the {graph.role}"
+        lines += _entry("inputs" + of, *(line for tensor in graph.inputs for line in _tensor(tensor)))
+        lines += _entry("", f"{LENGTHS}  [batch] int32, steps of each row, never 0")
+        lines += _entry("outputs" + of, *(line for tensor in graph.outputs for line in _tensor(tensor)))
+        lines += _entry("states" + of, *map(_state, graph.states))
+        lines += _entry("operators", ", ".join(f"{count} {name}" for name, count in graph.operators.items()))
+    if spec.labels:
+        lines += _entry("labels", ", ".join(f"{number} = {label}" for number, label in enumerate(spec.labels)))
+    if spec.vocabulary:
+        lines += _entry("vocabulary", f"{len(spec.vocabulary)} entries")
+    lines += _entry("metrics", *_metrics(training.metrics))
+    lines += _entry("recipe", ", ".join(f"{name} {value}" for name, value in training.recipe.items()))
+    lines += _entry("made with", ", ".join(f"{name} {version}" for name, version in spec.versions.items()))
+    lines += _entry(
+        "parity",
+        f"torch and onnxruntime differ by {parity.max_abs_error:.2g} at most, in {parity.num_cases} cases; "
+        f"{parity.tolerance:.0e} is allowed, absolute and relative to the value",
+    )
+    lines += _entry("golden", f"{len(spec.golden)} inputs with torch's answers: rnnserve verify {model.path}")
+    lines += _entry("size", f"{model.size:,} bytes")
+    lines += _entry("sha256", model.digest)
+    return "\n".join(lines)
+
+
+def _entry(name: str, *paragraphs: str) -> list[str]:
+    """Lay out one entry; nothing where it has no text."""
+    lines: list[str] = []
+    for number, text in enumerate(paragraph for paragraph in paragraphs if paragraph):
+        head = f"  {name if number == 0 else '':<{_INDENT - 2}}"
+        body = _WIDTH - _INDENT
+        lines += [
+            (head if first == 0 else " " * _INDENT) + line
+            for first, line in enumerate(textwrap.wrap(text, body, break_long_words=False, break_on_hyphens=False))
+        ]
+    return lines
+
+
+def _layers(spec: Spec) -> Iterable[str]:
+    for number, (directions, hidden) in enumerate(zip(spec.directions, spec.hidden, strict=True)):
+        yield f"{number}: {hidden} units, {'bidirectional' if directions == 2 else 'forward'}"
+
+
+def _tensor(tensor: TensorSpec) -> Iterable[str]:
+    axes = {Layout.PER_STEP: ["batch", "time"], Layout.PER_SEQUENCE: ["batch"], Layout.SHARED: []}[tensor.layout]
+    shape = ", ".join([*axes, *map(str, tensor.row_shape)])
+    unit = f", in {tensor.unit}" if tensor.unit else ""
+    yield f"{tensor.name}  [{shape}] {tensor.dtype}{unit}: {tensor.description or tensor.layout.value}"
+    if tensor.element_names:
+        yield f"   elements: {', '.join(tensor.element_names)}"
+
+
+def _state(state: StateSpec) -> str:
+    shape = ", ".join(["batch", *map(str, state.row_shape)])
+    return f"{state.name} -> {state.next_name}  [{shape}] {state.dtype}, zeros to begin with"
+
+
+def _metrics(metrics: dict[str, float]) -> Iterable[str]:
+    for name, value in metrics.items():
+        yield f"{name} {value:,.4f}" if value != int(value) else f"{name} {int(value):,}"

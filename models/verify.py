@@ -1,0 +1,104 @@
+"""The gate that every export passes: torch against onnxruntime, with the weights that were trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from models.checks import TOLERANCE, differ, random_cuts, run_in_chunks, without_padding
+from models.errors import ParityError
+from models.nets import RecurrentNet
+from models.runtime import Array, Runtime
+from models.spec import LENGTHS, Golden, GoldenArray, GraphSpec, Parity
+
+# Rows and longest row of each case; rows are ragged, the first one longest.
+_SHAPES = ((1, 1), (4, 1), (1, 9), (3, 5), (5, 40), (8, 17), (2, 233), (1, 301))
+_NUM_CHUNKS = (2, 5, 9)
+_CUT_SHAPE = (4, 37)
+_NUM_GOLDEN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Inputs of a graph, and what torch answers."""
+
+    name: str
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+
+    @property
+    def lengths(self) -> Array:
+        """Steps of each row, [batch] int32."""
+        return self.inputs[LENGTHS]
+
+
+def gate(net: RecurrentNet, model: bytes, graph: GraphSpec, *, seed: int = 0) -> tuple[Parity, tuple[Golden, ...]]:
+    """Compare a net with the file made of it, over several batches, lengths, states, and cuts in time.
+
+    Every output and every next state is compared, the largest difference allowed being TOLERANCE.
+    Returns what was measured, and a few of the cases to travel with the file.
+    Raises ParityError at the first case that differs, and ModelFileError when onnxruntime cannot run the file at all.
+    """
+    rng = np.random.default_rng(seed)
+    runtime = Runtime(model)
+    worst, num_cases = 0.0, 0
+
+    def compare(case: Case, found: dict[str, Array], how: str) -> None:
+        nonlocal worst, num_cases
+        found = without_padding(graph, found, case.lengths)
+        for name, expected in without_padding(graph, case.outputs, case.lengths).items():
+            gap = differ(found[name], expected)
+            if not gap.scaled <= TOLERANCE:
+                raise ParityError(case.name + how, name, error=gap.absolute, tolerance=TOLERANCE, where=gap.where)
+            worst = max(worst, gap.absolute)
+        num_cases += 1
+
+    cases = [
+        make_case(net, rng, rows=rows, longest=longest, has_state=has_state)
+        for rows, longest in _SHAPES
+        for has_state in (False, True)
+    ]
+    for case in cases:
+        compare(case, runtime(case.inputs), "")
+    if not net.config.bidirectional:
+        whole = make_case(
+            net, rng, rows=_CUT_SHAPE[0], longest=_CUT_SHAPE[1], shortest=max(_NUM_CHUNKS), has_state=True
+        )
+        for num_chunks in _NUM_CHUNKS:
+            cuts = random_cuts(rng, whole.lengths, num_chunks)
+            compare(whole, run_in_chunks(runtime, graph, whole.inputs, cuts), f", in {num_chunks} chunks")
+    # The smallest that are ragged, without and with initial states: they have to fit into the metadata.
+    golden = [case for case in cases if len(case.lengths) == 3][:_NUM_GOLDEN]
+    return Parity(max_abs_error=worst, tolerance=TOLERANCE, num_cases=num_cases), tuple(map(_golden, golden))
+
+
+def make_case(
+    net: RecurrentNet, rng: np.random.Generator, *, rows: int, longest: int, has_state: bool, shortest: int = 1
+) -> Case:
+    """Draw inputs as the training data were spread, and ask torch.
+
+    Rows are ragged: the first is the longest, the last the shortest. States are zeros, or drawn from within the range
+    that the cell can reach.
+    """
+    lengths = rng.integers(shortest, longest, size=rows, endpoint=True).astype(np.int32)
+    lengths[-1], lengths[0] = shortest, longest
+    mean, scale = net.input_mean.numpy(), net.input_scale.numpy()
+    x = (mean + scale * rng.standard_normal((rows, longest, net.config.inputs))).astype(np.float32)
+    inputs = {"x": x, LENGTHS: lengths}
+    for name in net.state_names:
+        drawn = rng.uniform(-1.0, 1.0, (rows, *net.state_shape)) * has_state
+        inputs[name] = (np.abs(drawn) if net.config.activation == "relu" else drawn).astype(np.float32)
+    with torch.no_grad():
+        answers = net.eval()(*(torch.from_numpy(array) for array in inputs.values()))
+    names = ("y", *(f"{name}.next" for name in net.state_names))
+    about = f"{rows} rows of up to {longest} steps, {'nonzero' if has_state else 'zero'} initial states"
+    return Case(about, inputs, {name: answer.numpy() for name, answer in zip(names, answers, strict=True)})
+
+
+def _golden(case: Case) -> Golden:
+    return Golden(
+        inputs={name: GoldenArray.of(array) for name, array in case.inputs.items()},
+        outputs={name: GoldenArray.of(array) for name, array in case.outputs.items()},
+    )
