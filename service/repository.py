@@ -45,9 +45,14 @@ def load_repository(settings: Settings) -> Loaded:
         )
     check_provider(settings.provider)
     loaded = Loaded()
-    for model in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        versions = sorted(int(path.name) for path in model.iterdir() if _is_version(path))
-        if not versions:
+    for model in _folders(root):
+        folders = _folders(model)
+        versions = sorted(int(path.name) for path in folders if _is_version(path.name))
+        misnamed = [path for path in folders if not _is_version(path.name) and (path / MODEL_FILE).exists()]
+        for path in misnamed:
+            error = ModelBroken(f"{path}: not a version: name it by a number from 1 on, without leading zeros")
+            loaded.broken.append(Broken(model.name, 0, error))
+        if not versions and not misnamed:
             error = ModelBroken(f"{model}: no version in it: the file belongs at {model.name}/1/{MODEL_FILE}")
             loaded.broken.append(Broken(model.name, 0, error))
         for version in versions:
@@ -69,10 +74,17 @@ def load_version(settings: Settings, name: str, version: int) -> Lane:
         raise ModelBroken(f"{path}: inputs {', '.join(others)} are not per step, and only those can be served")
     try:
         exactness = backend.probe()
-    except ServiceError as error:
+    except Exception as error:  # whatever is wrong with this file, the others are served
         raise ModelBroken(f"{path}: it loads, but a first run fails: {error}") from error
-    return Lane(name, version, backend, exactness, settings)
+    try:
+        return Lane(name, version, backend, exactness, settings)
+    except MemoryError as error:
+        raise ModelBroken(f"{path}: no memory for the states of all sequences: lower max_sessions ({error})") from error
 
 
-def _is_version(path: Path) -> bool:
-    return path.is_dir() and path.name.isascii() and path.name.isdecimal() and int(path.name) > 0
+def _folders(path: Path) -> list[Path]:
+    return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
+def _is_version(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and not name.startswith("0") and int(name) < 2**63
