@@ -1,7 +1,8 @@
 """Settings of the server: frozen, validated, each explained by the text under it.
 
-One precedence: a flag beats an environment variable (RNNSERVE_ and the name in capitals), which beats the TOML file
-given by --config, which beats the default. The command line, the environment and the file share the names below.
+One precedence: a flag beats an environment variable (RNNSERVE_ and the name in capitals; an empty one counts as
+absent), which beats the TOML file given by --config, which beats the default. The command line, the environment and
+the file share the names below.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ PREFIX = "RNNSERVE_"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
     """Everything that can be set."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
     )
 
     repository: Path
@@ -92,7 +98,8 @@ class Settings(BaseSettings):
 def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
     """Merge flags, environment and file. Raises ConfigError that names the setting at fault."""
     values = _read_toml(config) if config else {}
-    below = {name: value for name, value in values.items() if f"{PREFIX}{name.upper()}" not in os.environ}
+    variables = {name.upper() for name, value in os.environ.items() if value}
+    below = {name: value for name, value in values.items() if f"{PREFIX}{name.upper()}" not in variables}
     try:
         return Settings(**(below | flags))
     except ValidationError as error:
