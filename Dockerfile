@@ -1,11 +1,11 @@
 # The last stage, which a plain build makes, serves: no PyTorch, no pip of its own, no build tools, no tests inside.
 #
-#   docker build -t rnnserve .                               on CPUs
-#   docker build -t rnnserve:gpu --build-arg RUNTIME=gpu .   on NVIDIA GPUs (run it with --gpus all)
-#   docker build -t rnnserve-trainer --target trainer .      training and export
+#   docker build -t rnnserve .                               for CPUs
+#   docker build -t rnnserve:gpu --build-arg RUNTIME=gpu .   for NVIDIA GPUs: --gpus all --env RNNSERVE_PROVIDER=cuda
+#   docker build -t rnnserve-trainer --target trainer .      for training and export
 #
-# Where pip installs from can be said with --build-arg: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS. PyPI's PyTorch
-# brings several GB of CUDA libraries; with PyTorch's own index of CPU builds the trainer is a fraction of that.
+# Where pip installs from can be said with --build-arg: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS. PyPI's
+# PyTorch brings 4 GB of CUDA libraries; a build for CPUs, from PyTorch's own index, leaves the trainer at 1.5 GB.
 
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
@@ -59,6 +59,7 @@ LABEL org.opencontainers.image.title="rnnserve" \
 COPY --from=serving-files /opt/rnnserve /opt/rnnserve
 EXPOSE 8001 8002
 STOPSIGNAL SIGTERM
+# Whoever sets RNNSERVE_PORT sets RNNSERVE_SERVER too, which tells the check where to ask.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["rnnserve", "health"]
 # Every setting of the server can be given as a variable like these two; `rnnserve serve --help` lists them.
 ENV RNNSERVE_HOST=0.0.0.0 RNNSERVE_REPOSITORY=/models

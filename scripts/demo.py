@@ -16,7 +16,7 @@ import numpy as np
 
 from models import tasks
 from models.tasks.base import Task
-from service.client import Client, DeadlineExceeded, Unavailable
+from service.client import Client, DeadlineExceeded, RnnserveError, Unavailable
 
 MODEL = "vowels"
 NUM_UTTERANCES = 3
@@ -118,4 +118,7 @@ def main(repository: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except RnnserveError as error:
+        sys.exit(f"the demo failed: {error}")
