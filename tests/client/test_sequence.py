@@ -1,0 +1,336 @@
+"""SequenceMachine: every applied step's output comes once and in order, whatever network and server do."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from service.client import FailedPrecondition, NotFound, ProtocolError, SessionEnded, SessionFailed, StepRejected
+from service.client._sequence import SequenceMachine, State
+from service.client._terms import SequenceTerms
+from service.client.errors import Unavailable
+from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from tests.client.toy import SUM, ToySession, merge
+
+LOST = Unavailable("the connection was lost")
+
+
+class Network(RuleBasedStateMachine):
+    """A caller, a machine, a network that delays and breaks, and a server."""
+
+    @initialize(emit=st.sampled_from(["all", "last"]))
+    def begin(self, emit):
+        self.server = ToySession(emit=emit)
+        self.machine = SequenceMachine(
+            SUM, SequenceTerms(emit=emit, session_id="s", linger_s=60, replay_window=6, version=1)
+        )
+        self.sent = []  # chunks without outcome, oldest first
+        self.applied = []  # steps whose outputs the caller has
+        self.last = 0.0
+        self.number = 0
+        self.connect()
+
+    def connect(self):
+        [opening] = self.machine.open_requests()
+        self.to_server = []
+        self.to_client = []
+        self.to_server += self.machine.receive(self.server.connect(opening.open))
+
+    @precondition(lambda self: self.machine.room > 0)
+    @rule(length=st.integers(1, 4), is_bad=st.sampled_from([False, False, False, True]))
+    def send(self, length, is_bad):
+        length = min(length, self.machine.room)
+        values = np.arange(self.number + 1, self.number + length + 1, dtype=np.float32)
+        self.number += length
+        if is_bad:
+            values[length // 2] = math.nan
+        send = self.machine.begin()
+        self.to_server += self.machine.add(send, {"x": values[:, None]}, is_last=True)
+        self.sent.append(values.tolist())
+
+    @rule(piece=st.integers(1, 3))
+    def server_reads(self, piece):
+        if self.to_server:
+            self.to_client.append(self.server.take(self.to_server.pop(0).frame, piece))
+
+    @rule(count=st.integers(1, 3), is_merged=st.booleans())
+    def client_reads(self, count, is_merged):
+        batch, self.to_client = self.to_client[:count], self.to_client[count:]
+        answers = [answer for group in batch for answer in group]
+        for part in [answers] if is_merged else [[answer] for answer in answers]:
+            for response in merge(part):
+                self.to_server += self.machine.receive(response)
+
+    @rule(is_delivered=st.booleans())
+    def connection_breaks(self, is_delivered):
+        if is_delivered:  # what the client had written may arrive without an answer
+            for request in self.to_server:
+                self.server.take(request.frame, 1)
+        assert self.machine.end(LOST)
+        self.connect()
+
+    @precondition(lambda self: self.machine.is_ready)
+    @rule()
+    def caller_takes(self):
+        xs = self.sent.pop(0)
+        rejection = None
+        try:
+            outputs = self.machine.take()
+        except StepRejected as error:
+            rejection = error
+        if rejection is not None:
+            assert rejection.code in ("INVALID_ARGUMENT", "ABORTED")
+            assert rejection.expected_position == len(self.applied)
+            return
+        rows = outputs["y"].reshape(-1).tolist()
+        if self.server.emit == "last":
+            self.last += sum(xs)
+            assert rows == [self.last]
+            self.applied += xs
+            return
+        assert len(rows) == len(xs)
+        for x, row in zip(xs, rows, strict=True):
+            self.last += x
+            assert row == self.last
+            self.applied.append(x)
+
+    @invariant()
+    def what_the_caller_has_was_applied(self):
+        if hasattr(self, "server"):
+            assert self.server.applied[: len(self.applied)] == self.applied
+            assert self.machine.ledger.num_unanswered <= self.machine.window
+
+    def teardown(self):
+        if not hasattr(self, "server"):
+            return
+        while self.machine.ledger.num_pending:
+            while self.to_server or self.to_client:
+                self.server_reads(1)
+                self.client_reads(1, is_merged=False)
+            assert self.machine.is_ready
+            self.caller_takes()
+        assert self.sent == []
+        assert self.applied == self.server.applied
+        assert self.machine.ledger.position == len(self.applied)
+        assert self.machine.ledger.num_unanswered == 0
+
+
+TestNetwork = Network.TestCase
+TestNetwork.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def opened(machine, position=0, *, resumed=False, step_mode=pb.STEP_MODE_STEPPING, inflight=8):
+    machine.open_requests()
+    session = pb.SessionOpened(position=position, resumed=resumed)
+    message = pb.StreamOpened(
+        version=1, digest="d1", step_mode=step_mode, max_inflight_steps=inflight, sessions=[session]
+    )
+    machine.receive(pb.StreamPredictResponse(opened=message))
+    return machine
+
+
+def send(machine, *values):
+    return machine.add(machine.begin(), {"x": np.array(values, dtype=np.float32)[:, None]}, is_last=True)
+
+
+def answer(position, *values):
+    tensor = pb.Tensor(name="y", data=np.array(values, dtype="<f4").tobytes())
+    frame = pb.StreamAnswer(handles=[0], positions=[position], lengths=[len(values)], tensors=[tensor])
+    return pb.StreamPredictResponse(answer=frame)
+
+
+def rejection(position, length, expected, code=3, kind=pb.STEP_ERROR_KIND_STEP_REJECTED):
+    error = pb.StepError(position=position, length=length, kind=kind, expected_position=expected)
+    error.status.code = code
+    return pb.StreamPredictResponse(answer=pb.StreamAnswer(errors=[error]))
+
+
+def closed(reason, position=0):
+    ended = pb.SessionClosed(position=position, reason=reason)
+    return pb.StreamPredictResponse(answer=pb.StreamAnswer(closed=[ended]))
+
+
+def test_frames_carry_positions_and_acknowledge_what_has_come():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1, replay_window=4)), 5)
+    first = send(machine, 1, 2)
+    machine.receive(answer(5, 1))
+    second = send(machine, 3)
+    assert [list(r.frame.positions) for r in (*first, *second)] == [[5], [7]]
+    assert [list(r.frame.acked_positions) for r in (*first, *second)] == [[5], [6]]
+
+
+def test_a_rejection_that_overtakes_answers_waits_for_them():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()))
+    send(machine, 1, 2)
+    send(machine, math.nan)
+    send(machine, 3)
+    machine.receive(rejection(2, 1, expected=2))
+    assert not machine.is_ready
+    machine.receive(rejection(3, 1, expected=2, code=10))
+    machine.receive(answer(0, 1, 3))
+    np.testing.assert_array_equal(machine.take()["y"], [[1], [3]])
+    with pytest.raises(StepRejected) as caught:
+        machine.take()
+    assert (caught.value.position, caught.value.expected_position, caught.value.code) == (2, 2, "INVALID_ARGUMENT")
+    with pytest.raises(StepRejected) as caught:
+        machine.take()
+    assert caught.value.code == "ABORTED"
+    assert machine.ledger.position == 2
+
+
+def test_what_is_sent_before_the_caller_knows_of_a_rejection_is_not_applied_in_its_place():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()))
+    send(machine, math.nan)
+    machine.receive(rejection(0, 1, expected=0))
+    assert send(machine, 7) == []
+    with pytest.raises(StepRejected):
+        machine.take()
+    with pytest.raises(StepRejected) as caught:
+        machine.take()
+    assert caught.value.code == "ABORTED"
+    [request] = send(machine, 8)
+    assert list(request.frame.positions) == [0]
+
+
+def test_a_chunk_that_is_rejected_midway_gives_its_first_outputs():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()))
+    send(machine, 1, 2, 3)
+    machine.receive(rejection(1, 2, expected=1, code=4))
+    machine.receive(answer(0, 1))
+    np.testing.assert_array_equal(machine.take()["y"], [[1]])
+    with pytest.raises(StepRejected) as caught:
+        machine.take()
+    assert caught.value.code == "DEADLINE_EXCEEDED"
+    assert machine.ledger.position == 1
+    assert machine.ledger.num_unanswered == 0
+
+
+def test_an_answer_nobody_waits_for_is_a_fault():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()))
+    send(machine, 1)
+    machine.receive(answer(3, 1))
+    with pytest.raises(ProtocolError, match="position 3"):
+        machine.take()
+
+
+def test_outputs_that_come_again_count_once():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1, replay_window=4)))
+    send(machine, 1, 2)
+    send(machine, 3)
+    machine.receive(answer(0, 1))
+    machine.receive(answer(0, 1, 3, 6))
+    machine.receive(answer(1, 3, 6))
+    np.testing.assert_array_equal(machine.take()["y"], [[1], [3]])
+    np.testing.assert_array_equal(machine.take()["y"], [[6]])
+    assert not machine.is_ready
+
+
+def test_a_failed_session_gives_what_came_before():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()))
+    send(machine, 1)
+    send(machine, 2)
+    machine.receive(answer(0, 1))
+    machine.receive(rejection(1, 1, expected=1, code=13, kind=pb.STEP_ERROR_KIND_SESSION_FAILED))
+    np.testing.assert_array_equal(machine.take()["y"], [[1]])
+    with pytest.raises(SessionFailed) as caught:
+        machine.take()
+    assert caught.value.code == "INTERNAL"
+    with pytest.raises(SessionFailed):
+        machine.begin()
+
+
+@pytest.mark.parametrize(
+    ("reason", "word"), [(pb.CLOSE_REASON_TAKEN_OVER, "TAKEN_OVER"), (pb.CLOSE_REASON_EXPIRED, "EXPIRED")]
+)
+def test_a_session_that_ends_otherwise_says_why(reason, word):
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1)))
+    machine.receive(closed(reason, 4))
+    with pytest.raises(SessionEnded, match=word.lower().replace("_", " ")) as caught:
+        machine.take()
+    assert (caught.value.reason, caught.value.position) == (word, 4)
+    assert not machine.end(LOST)
+
+
+def test_only_a_session_that_lingers_is_resumed():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s")))
+    send(machine, 1)
+    assert not machine.end(LOST)
+    with pytest.raises(Unavailable, match="lost"):
+        machine.take()
+
+
+def test_a_resumed_session_that_is_gone_is_an_error():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1)))
+    send(machine, 1)
+    assert machine.end(LOST)
+    [request] = machine.open_requests()
+    assert request.open.sessions[0].resume_only
+    gone = pb.SessionOpened()
+    gone.status.code = 5
+    gone.status.message = "it expired"
+    machine.receive(pb.StreamPredictResponse(opened=pb.StreamOpened(sessions=[gone])))
+    with pytest.raises(SessionFailed, match="can't be resumed: it expired") as caught:
+        machine.take()
+    assert caught.value.code == "NOT_FOUND"
+
+
+def test_a_session_that_does_not_open_raises():
+    machine = SequenceMachine(SUM, SequenceTerms(session_id="s", resume_only=True))
+    machine.open_requests()
+    refused = pb.SessionOpened()
+    refused.status.code = 5
+    with pytest.raises(NotFound):
+        machine.receive(pb.StreamPredictResponse(opened=pb.StreamOpened(sessions=[refused])))
+
+
+def test_closing_ends_in_order():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()))
+    send(machine, 1)
+    [request] = machine.close()
+    assert list(request.frame.closes) == [0]
+    with pytest.raises(FailedPrecondition, match="closed"):
+        machine.begin()
+    machine.receive(answer(0, 1))
+    machine.receive(closed(pb.CLOSE_REASON_CLIENT, 1))
+    assert machine.state is State.OVER
+    assert not machine.end(None)
+    np.testing.assert_array_equal(machine.take()["y"], [[1]])
+
+
+def test_a_stream_that_ends_with_steps_unanswered_is_a_fault():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()))
+    send(machine, 1)
+    machine.close()
+    machine.end(None)
+    with pytest.raises(ProtocolError, match="before 1 steps were answered"):
+        machine.take()
+
+
+def test_a_buffered_sequence_is_resent_from_where_the_server_has_it():
+    machine = SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1))
+    opened(machine, step_mode=pb.STEP_MODE_BUFFERED)
+    whole = machine.begin()
+    machine.add(whole, {"x": np.ones((3, 1), np.float32)}, is_last=False)
+    machine.add(whole, {"x": np.ones((2, 1), np.float32)}, is_last=True)
+    assert machine.end(LOST)
+    machine.open_requests()
+    session = pb.SessionOpened(position=2, resumed=True)
+    requests = machine.receive(pb.StreamPredictResponse(opened=pb.StreamOpened(sessions=[session])))
+    assert [list(r.frame.positions) for r in requests] == [[2], [3]]
+    assert [len(r.frame.tensors[0].data) for r in requests] == [4, 8]
+    machine.close()
+    machine.receive(answer(0, 1, 2, 3, 4, 5))
+    np.testing.assert_array_equal(machine.take()["y"][:, 0], [1, 2, 3, 4, 5])
+
+
+def test_long_chunks_are_cut_to_the_window():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()), inflight=3)
+    parts = list(machine.cut({"x": np.arange(7, dtype=np.float32)[:, None]}))
+    assert [(part["x"][:, 0].tolist(), is_last) for part, is_last in parts] == [
+        ([0, 1, 2], False),
+        ([3, 4, 5], False),
+        ([6], True),
+    ]
