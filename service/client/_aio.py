@@ -17,10 +17,10 @@ from service.client import _codec, _models
 from service.client._aio_call import AsyncCall
 from service.client._aio_gateway import AsyncGateway
 from service.client._aio_stream import AsyncStream
-from service.client._base import ClientBase, check_timeout, delays, translate
+from service.client._base import READY_INTERVAL_S, ClientBase, check_timeout, delays, translate
 from service.client._channel import HEALTH_CHECK
 from service.client._terms import SequenceTerms
-from service.client.errors import InvalidArgument, NotFound, Unavailable
+from service.client.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable
 from service.client.info import Emit, ModelInfo, ModelList, Prediction
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1.rnnserve_pb2_grpc import SequenceServiceStub
@@ -194,10 +194,12 @@ class AsyncClient(ClientBase):
 
         A model that it does not know is not ready. Raises Unavailable without a connection.
         """
+        request = health_pb2.HealthCheckRequest(service=service)
         try:
-            return await self._is_serving(service, timeout, wait=False)
+            response = await self._call("", request, timeout)
         except NotFound:
             return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def wait_ready(self, timeout: float, service: str = "") -> None:
         """Wait until `health` says yes. Raises Unavailable when that takes more than `timeout` seconds."""
@@ -209,17 +211,12 @@ class AsyncClient(ClientBase):
             if left_s <= 0:
                 break
             try:
-                if await self._is_serving(service, left_s, wait=True):
+                if await self.health(service, timeout=left_s):
                     return
-            except (NotFound, Unavailable) as error:
+            except (DeadlineExceeded, Unavailable) as error:
                 why = error.message
-            await asyncio.sleep(min(delay, max(0.0, give_up_at - loop.time())))
+            await asyncio.sleep(max(0.0, min(delay, READY_INTERVAL_S, give_up_at - loop.time())))
         raise Unavailable(f"{self.target} was not ready within {timeout:g} s: {why}", reason="NOT_READY")
-
-    async def _is_serving(self, service: str, timeout: float | None, *, wait: bool) -> bool:
-        request = health_pb2.HealthCheckRequest(service=service)
-        response = await self._call("", request, timeout, wait_for_ready=wait)
-        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def _find(self, model: str, version: int, timeout: float | None) -> ModelInfo:
         """What the model takes and answers, asked for once."""
@@ -230,12 +227,12 @@ class AsyncClient(ClientBase):
         self._connected()
         return AsyncCall(self._stub.StreamPredict, self._metadata, limit=limit)
 
-    async def _call(self, name: str, request: Any, timeout: float | None, **options: Any) -> Any:
+    async def _call(self, name: str, request: Any, timeout: float | None) -> Any:
         """Make a unary call of the service by its name; without a name it is the health check."""
         check_timeout(timeout)
         self._connected()
         method = getattr(self._stub, name) if name else self._check
         try:
-            return await method(request, timeout=timeout, metadata=self._metadata, **options)
+            return await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise translate(error) from None

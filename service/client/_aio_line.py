@@ -36,7 +36,7 @@ class AsyncLine:
         machine = self.machine
         while self._is_sending:
             await self.changed.wait()
-        send = machine.begin()
+        send = machine.begin(len(next(iter(chunk.values()))))
         self._is_sending = True
         try:
             for part, is_last in machine.cut(chunk):

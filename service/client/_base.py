@@ -17,6 +17,8 @@ from service.tensors import Array
 
 FIRST_DELAY_S = 0.05
 LAST_DELAY_S = 2.0
+READY_INTERVAL_S = 0.5
+"""Longest time between two questions whether a server is ready."""
 
 
 class ClientBase:

@@ -74,7 +74,7 @@ class ChannelSettings:
             "grpc.max_send_message_length": self.max_message_bytes,
             "grpc.max_receive_message_length": self.max_message_bytes,
             "grpc.initial_reconnect_backoff_ms": 100,
-            "grpc.max_reconnect_backoff_ms": 5_000,
+            "grpc.max_reconnect_backoff_ms": 2_000,
             "grpc.enable_retries": 1,
             "grpc.service_config": json.dumps({"methodConfig": [{"name": retried, "retryPolicy": _RETRY}]}),
         }

@@ -157,12 +157,17 @@ class SequenceMachine:
         self.state = State.CONNECTING
         return self.terms.open_requests(self.info, resume=self._was_open)
 
-    def begin(self) -> Send:
-        """Begin a send; `add` its parts. Raises what ended the stream, or FailedPrecondition once it is closed."""
+    def begin(self, num_steps: int = 0) -> Send:
+        """Begin a send of so many steps, 0 if that is not known; `add` its parts.
+
+        Raises what ended the stream, FailedPrecondition once it is closed, ResourceExhausted for more steps than a
+        server keeps for a buffered model.
+        """
         if self._fault is not None:
             raise self._fault
         if self.state in (State.ENDING, State.OVER):
             raise FailedPrecondition("the stream is closed: open another one", reason="STREAM_CLOSED")
+        self._check_buffer(num_steps)
         return self.ledger.begin()
 
     def cut(self, chunk: Mapping[str, Array]) -> Iterator[tuple[dict[str, Array], bool]]:
@@ -179,17 +184,10 @@ class SequenceMachine:
     def add(self, send: Send, part: Mapping[str, Array], *, is_last: bool) -> list[pb.StreamPredictRequest]:
         """Send part of a send; the caller has waited for room. Nothing is sent once a part was rejected.
 
-        Raises ResourceExhausted for more steps than a server keeps for a buffered model.
+        Raises ResourceExhausted as `begin` does.
         """
         length = len(next(iter(part.values())))
-        position = self.ledger.position
-        if self.is_buffered and position + length > self.max_inflight_steps:
-            self.ledger.complete(send)
-            raise ResourceExhausted(
-                f"the model needs the whole sequence, and the server keeps at most {self.max_inflight_steps} steps; "
-                f"{position} were sent: close the stream to have their answers",
-                reason="LIMIT",
-            )
+        self._check_buffer(length)
         if send.is_rejected or self._fault is not None:
             if is_last:
                 self.ledger.complete(send)
@@ -202,6 +200,15 @@ class SequenceMachine:
         inputs = [_codec.tensor(name, array, "per_step") for name, array in part.items()]
         span = self.ledger.add(send, length, inputs)
         return [self._frame(span, 0)] if self.state is State.OPEN else []
+
+    def _check_buffer(self, num_steps: int) -> None:
+        sent, limit = self.ledger.position, self.max_inflight_steps
+        if self.is_buffered and sent + num_steps > limit:
+            raise ResourceExhausted(
+                f"the model needs the whole sequence, and the server keeps at most {limit} steps; {sent} were sent, "
+                f"{num_steps} more do not fit: close the stream to have the answers to those that were",
+                reason="LIMIT",
+            )
 
     def close(self) -> list[pb.StreamPredictRequest]:
         """End the session: its steps are answered, then its state is freed. The shell ends its side of the call."""

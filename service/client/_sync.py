@@ -12,13 +12,13 @@ import numpy.typing as npt
 from grpc_health.v1 import health_pb2
 
 from service.client import _codec, _models
-from service.client._base import ClientBase, check_timeout, delays, translate
+from service.client._base import READY_INTERVAL_S, ClientBase, check_timeout, delays, translate
 from service.client._channel import HEALTH_CHECK
 from service.client._sync_call import Call
 from service.client._sync_gateway import Gateway
 from service.client._sync_stream import Stream
 from service.client._terms import SequenceTerms
-from service.client.errors import InvalidArgument, NotFound, Unavailable
+from service.client.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable
 from service.client.info import Emit, ModelInfo, ModelList, Prediction
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1.rnnserve_pb2_grpc import SequenceServiceStub
@@ -186,10 +186,12 @@ class Client(ClientBase):
 
         A model that it does not know is not ready. Raises Unavailable without a connection.
         """
+        request = health_pb2.HealthCheckRequest(service=service)
         try:
-            return self._is_serving(service, timeout, wait=False)
+            response = self._call(self._check, request, timeout)
         except NotFound:
             return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def wait_ready(self, timeout: float, service: str = "") -> None:
         """Wait until `health` says yes. Raises Unavailable when that takes more than `timeout` seconds."""
@@ -200,26 +202,21 @@ class Client(ClientBase):
             if left_s <= 0:
                 break
             try:
-                if self._is_serving(service, left_s, wait=True):
+                if self.health(service, timeout=left_s):
                     return
-            except (NotFound, Unavailable) as error:
+            except (DeadlineExceeded, Unavailable) as error:
                 why = error.message
-            time.sleep(min(delay, max(0.0, give_up_at - time.monotonic())))
+            time.sleep(max(0.0, min(delay, READY_INTERVAL_S, give_up_at - time.monotonic())))
         raise Unavailable(f"{self.target} was not ready within {timeout:g} s: {why}", reason="NOT_READY")
-
-    def _is_serving(self, service: str, timeout: float | None, *, wait: bool) -> bool:
-        request = health_pb2.HealthCheckRequest(service=service)
-        response = self._call(self._check, request, timeout, wait_for_ready=wait)
-        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def _find(self, model: str, version: int, timeout: float | None) -> ModelInfo:
         """What the model takes and answers, asked for once."""
         known = self._infos.get((model, version))
         return known or self._remember(model, version, self.model(model, version, timeout=timeout))
 
-    def _call(self, method: Any, request: Any, timeout: float | None, **options: Any) -> Any:
+    def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         check_timeout(timeout)
         try:
-            return method(request, timeout=timeout, metadata=self._metadata, **options)
+            return method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise translate(error) from None

@@ -41,7 +41,7 @@ class Line:
         machine = self.machine
         while self._is_sending:
             self.changed.wait()
-        send = machine.begin()
+        send = machine.begin(len(next(iter(chunk.values()))))
         self._is_sending = True
         try:
             for part, is_last in machine.cut(chunk):
