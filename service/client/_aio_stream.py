@@ -191,7 +191,7 @@ class AsyncStream:
 class AsyncRun(AsyncIterator[T], Generic[T]):
     """Outputs of `run`, one a timestep.
 
-    No async generator: one that a loop has left lives on until the event loop finds it, and its steps with it.
+    No async generator: one that a loop has left lives on, and its steps with it, until the event loop finds it.
     """
 
     def __init__(self, line: AsyncLine, steps: StepSource, pick: Callable[[Outputs], T]) -> None:
@@ -200,15 +200,24 @@ class AsyncRun(AsyncIterator[T], Generic[T]):
         self._pick = pick
         self._rows: deque[Outputs] = deque()
         self._feeder: asyncio.Task[None] | None = None
+        self._abandon: Callable[[], object] = lambda: None
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> T:
         while not self._rows:
-            outcome = await self._next_outcome()
+            try:
+                outcome = await self._next_outcome()
+            except Exception:  # its traceback may keep this object alive
+                self._abandon()
+                raise
             self._rows.extend(self._line.machine.rows(outcome))
         return self._pick(self._rows.popleft())
+
+    async def aclose(self) -> None:
+        """Leave the run: what is under way is dropped."""
+        self._abandon()
 
     async def _next_outcome(self) -> Outputs:
         line, machine = self._line, self._line.machine
@@ -216,7 +225,9 @@ class AsyncRun(AsyncIterator[T], Generic[T]):
             self._feeder = asyncio.create_task(_feed(line, self._steps), name="rnnserve-steps")
             self._feeder.add_done_callback(lambda _: line.changed.notify())
             self._steps = None
-            weakref.finalize(self, _abandon, line, self._feeder).atexit = False
+            finalizer = weakref.finalize(self, _abandon, line, self._feeder)
+            finalizer.atexit = False
+            self._abandon = finalizer
         while not machine.is_ready and not self._feeder.done():
             await line.changed.wait()
         if machine.is_ready:
