@@ -72,5 +72,6 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".lstrip(": ") for fault in error.errors()]
-            raise RecipeError("; ".join(faults)) from error
+            faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+            said = [f"{name}: {what}" if name else what.removeprefix("Value error, ") for name, what in faults]
+            raise RecipeError("; ".join(said)) from error

@@ -18,7 +18,6 @@ import csv
 import io
 import json
 import os
-import pickle
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -99,7 +98,8 @@ class Run:
             raise RunError(
                 f"{self.path} has no {path.name}: it is no run, or ended before its first epoch did"
             ) from error
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:
+            # What torch.load raises on damaged bytes has no common base: KeyError, EOFError, RuntimeError, ...
             raise RunError(f"{path} is damaged and cannot be read") from error
         if checkpoint.get("format") != FORMAT:
             raise RunError(f"{path} has format {checkpoint.get('format')}; this version reads {FORMAT}")

@@ -1,0 +1,378 @@
+"""Export: parity for every kind of net, the gate's refusals, and what is in the file."""
+
+import dataclasses
+import itertools
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import models.export
+from models import tasks
+from models.errors import ExportError, ParityError, RunError
+from models.export import export_net, export_run, next_version, to_onnx, write_version
+from models.modelfile import ModelFile
+from models.nets import FOLD_LIMIT, build
+from models.recipe import Recipe
+from models.runs import Run
+from models.runtime import Runtime
+from models.spec import LENGTHS, METADATA_KEY, Layout, StepMode, Training, parse_spec
+from models.train import load_net
+from models.verify import gate
+from tests.models.conftest import make_task
+from tests.models.test_layers import CELLS, torch_weights
+from tests.oracles import run_layers, softmax
+
+TRAINING = Training(task="sines", data_set="made up")
+
+
+def make_net(task, **settings):
+    torch.manual_seed(settings.pop("seed", 0))
+    net = build(task, Recipe(hidden=6, **settings)).eval()
+    with torch.no_grad():
+        for weights in net.parameters():
+            weights.mul_(1.5)  # as far from linear as trained ones are
+    return net
+
+
+def node(model, op_type, number=0):
+    return [each for each in model.graph.node if each.op_type == op_type][number]
+
+
+def renamed_inputs(model, swap):
+    for each in model.graph.node:
+        each.input[:] = [swap.get(name, name) for name in each.input]
+
+
+# Parity
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
+@pytest.mark.parametrize(("cell", "activation"), CELLS)
+def test_every_net_passes_the_gate_with_native_operators(cell, activation, bidirectional, layers, kind):
+    net = make_net(make_task(kind=kind), cell=cell, activation=activation, bidirectional=bidirectional, layers=layers)
+    model, spec = export_net(net, make_task(kind=kind), TRAINING)
+
+    assert spec.graph.operators[cell.upper()] == layers
+    assert spec.parity.num_cases == (16 if bidirectional else 19)
+    assert spec.parity.max_abs_error < 1e-5 * 100  # relative to values of up to about 100 mV
+    allowed = {cell.upper(), "Transpose", "Squeeze", "Reshape", "MatMul", "Gemm", "Add", "Softmax", "Gather"}
+    assert spec.graph.operators.keys() <= allowed
+    constants = {each.name for each in model.graph.initializer}
+    for number in range(layers):
+        each = node(model, cell.upper(), number)
+        assert each.input[4] == LENGTHS
+        assert set(each.input[1:4]) == {f"layer.{number}.{name}" for name in "WRB"} <= constants
+    expected_mode = StepMode.BUFFERED if bidirectional else StepMode.STEPPING
+    assert spec.step_mode[0] is expected_mode
+    is_per_sequence = bidirectional and kind == "classification"
+    assert spec.graph.outputs[0].layout is (Layout.PER_SEQUENCE if is_per_sequence else Layout.PER_STEP)
+
+
+@pytest.mark.parametrize(("cell", "activation"), CELLS)
+def test_file_is_the_formula_without_torch_in_between(cell, activation):
+    net = make_net(make_task(), cell=cell, activation=activation, bidirectional=True, layers=2)
+    runtime = Runtime(to_onnx(net).SerializeToString())
+    rng = np.random.default_rng(2)
+    mean, scale = net.input_mean.numpy(), net.input_scale.numpy()
+    x = (mean + scale * rng.standard_normal((4, 9, 2))).astype(np.float32)
+    lengths = np.array([9, 1, 4, 6], np.int32)
+    states = [rng.uniform(0, 1, (4, 2, 6)).astype(np.float32) for _ in net.state_names]
+    found = runtime({"x": x, LENGTHS: lengths, **dict(zip(net.state_names, states, strict=True))})
+
+    layers = [torch_weights(layer) for layer in net.recurrent]
+    _, last = run_layers(cell, (x - mean) / scale, lengths, layers, states, activation)
+    final = (last[-2] if cell == "lstm" else last[-1]).reshape(4, -1)
+    head = net.head.weight.detach().numpy(), net.head.bias.detach().numpy()
+    np.testing.assert_allclose(found["y"], softmax(final @ head[0].T + head[1]), atol=2e-6)
+    for name, state in zip(net.state_names, last, strict=True):
+        np.testing.assert_allclose(found[f"{name}.next"], state, atol=5e-6)
+
+
+def test_scaling_that_would_cancel_stays_in_the_graph():
+    task = make_task()
+    far = dataclasses.replace(
+        task, train=dataclasses.replace(task.train, inputs=tuple(x + 50 * FOLD_LIMIT for x in task.train.inputs))
+    )
+    _, spec = export_net(make_net(far), far, TRAINING)
+    assert spec.graph.operators["Sub"] == spec.graph.operators["Mul"] == 1
+    _, near = export_net(make_net(task), task, TRAINING)
+    assert not {"Sub", "Mul", "Div"} & near.graph.operators.keys()
+
+
+def test_one_step_graph_has_nothing_to_spare():
+    model, _ = export_net(make_net(make_task()), make_task(), TRAINING)
+    assert [each.op_type for each in model.graph.node] == [
+        *("Transpose", "Transpose", "GRU", "Squeeze", "Transpose", "MatMul", "Add", "Transpose", "Softmax")
+    ]
+    assert [each.name for each in model.graph.input] == ["x", "lengths", "state.0.h"]
+    assert [each.name for each in model.graph.output] == ["y", "state.0.h.next"]
+    axes = [[axis.dim_param or axis.dim_value for axis in v.type.tensor_type.shape.dim] for v in model.graph.input]
+    assert axes == [["batch", "time", 2], ["batch"], ["batch", 1, 6]]
+    assert all(opset.version <= 21 for opset in model.opset_import)
+
+
+def test_outputs_that_nobody_reads_are_not_computed():
+    net = make_net(make_task(), cell="lstm", bidirectional=True)
+    lstm = node(to_onnx(net), "LSTM")
+    assert lstm.output[0] == ""
+    assert all(lstm.output[1:])
+
+
+# The gate
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """A two-layer LSTM that passes, with what the gate was given."""
+    net = make_net(make_task(), cell="lstm", layers=2)
+    model, spec = export_net(net, make_task(), TRAINING)
+    return net, model, spec.graph
+
+
+def refusal(exported, spoil):
+    net, model, graph = exported
+    spoiled = onnx.ModelProto()
+    spoiled.CopyFrom(model)
+    spoil(spoiled)
+    with pytest.raises(ParityError) as caught:
+        gate(net, spoiled.SerializeToString(), graph)
+    return caught.value
+
+
+def test_gate_passes_what_is_right(exported):
+    net, model, graph = exported
+    parity, golden = gate(net, model.SerializeToString(), graph)
+    assert parity.max_abs_error <= parity.tolerance == 1e-5
+    assert [g.inputs[LENGTHS].array().max() for g in golden] == [5, 5]
+    assert [bool(g.inputs["state.1.c"].array().any()) for g in golden] == [False, True]
+
+
+def test_gate_refuses_two_states_swapped(exported):
+    swap = {"state.0.h": "state.1.h", "state.1.h": "state.0.h"}
+    error = refusal(exported, lambda model: renamed_inputs(model, swap))
+    assert "nonzero initial states" in error.case
+    assert error.error > 1e-3
+    assert str(error).startswith("not written: torch and onnxruntime differ by ")
+    assert f"{error.error:.3g} in {error.output!r}" in str(error)
+
+
+def test_gate_refuses_hidden_and_cell_state_swapped(exported):
+    swap = {"state.0.h": "state.0.c", "state.0.c": "state.0.h"}
+    assert refusal(exported, lambda model: renamed_inputs(model, swap)).error > 1e-3
+
+
+def test_gate_refuses_next_states_swapped(exported):
+    def spoil(model):
+        swap = {"state.0.h.next": "state.1.h.next", "state.1.h.next": "state.0.h.next"}
+        for each in model.graph.node:
+            each.output[:] = [swap.get(name, name) for name in each.output]
+
+    assert refusal(exported, spoil).output in {"state.0.h.next", "state.1.h.next"}
+
+
+def test_gate_refuses_a_gate_without_its_bias(exported):
+    def spoil(model):
+        [bias] = [each for each in model.graph.initializer if each.name == "layer.1.B"]
+        values = numpy_helper.to_array(bias).copy()
+        values[:, 12:18] = 0.0  # the forget gate's: i o f c, six units each
+        bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+
+    assert refusal(exported, spoil).case == "1 rows of up to 1 steps, nonzero initial states"
+
+
+def test_gate_refuses_gates_in_another_order(exported):
+    def spoil(model):
+        [weights] = [each for each in model.graph.initializer if each.name == "layer.0.R"]
+        values = numpy_helper.to_array(weights).reshape(1, 4, 6, 6)[:, [0, 2, 1, 3]].reshape(1, 24, 6)
+        weights.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), weights.name))
+
+    assert refusal(exported, spoil).error > 1e-3
+
+
+def test_gate_refuses_lengths_that_are_not_wired(exported):
+    def spoil(model):
+        node(model, "LSTM", 1).input[4] = ""
+
+    error = refusal(exported, spoil)
+    assert error.output.startswith("state.1.")
+    assert "4 rows" not in error.case  # one step each: nothing is ragged
+
+
+def test_gate_refuses_a_graph_that_forgets_its_state(exported):
+    def spoil(model):
+        node(model, "LSTM", 0).input[5] = ""
+
+    assert "nonzero initial states" in refusal(exported, spoil).case
+
+
+def test_gate_refuses_a_head_off_by_little(exported):
+    def spoil(model):
+        [bias] = [each for each in model.graph.initializer if each.name == "head.bias"]
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32([1e-4, 0, 0]), bias.name))
+
+    error = refusal(exported, spoil)
+    assert error.output == "y"
+    assert 1e-5 < error.error < 1e-4
+
+
+def test_refused_file_is_not_written(vowels_run, tmp_path, monkeypatch):
+    def spoiled(net):
+        model = to_onnx(net)
+        [bias] = [each for each in model.graph.initializer if each.name == "layer.0.B"]
+        bias.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(bias)), bias.name))
+        return model
+
+    monkeypatch.setattr(models.export, "to_onnx", spoiled)
+    with pytest.raises(ParityError):
+        export_run(vowels_run, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_unwired_lengths_are_seen_before_any_number(monkeypatch):
+    from models.layers import Recurrent
+
+    def unwired(self, x, lengths, states):
+        return native(self, x, torch.ones_like(lengths), states)
+
+    native = Recurrent._native
+    monkeypatch.setattr(Recurrent, "_native", unwired)
+    with pytest.raises(ExportError, match="sequence_lens is not wired to 'lengths'"):
+        to_onnx(make_net(make_task()))
+
+
+# The file
+
+
+def test_client_sends_raw_units_and_gets_probabilities(vowels_run, vowels_file):
+    task, _, net, _ = load_net(vowels_run)
+    runtime = Runtime(vowels_file.read_bytes())
+    for utterance in (0, 100, 369):
+        x = task.test.inputs[utterance]
+        lengths = np.array([len(x)], np.int32)
+        y = runtime({"x": x[None], LENGTHS: lengths, "state.0.h": np.zeros((1, 1, 16), np.float32)})["y"][0]
+        np.testing.assert_allclose(y.sum(axis=1), np.ones(len(x)), rtol=1e-6)
+        # By hand: normalise, run, apply the head and softmax.
+        steps = (x - net.input_mean.numpy()) / net.input_scale.numpy()
+        layers = [torch_weights(layer) for layer in net.recurrent]
+        hidden, _ = run_layers("gru", steps[None], lengths, layers, [np.zeros((1, 1, 16))])
+        scores = hidden[0] @ net.head.weight.detach().numpy().T + net.head.bias.detach().numpy()
+        np.testing.assert_allclose(y, softmax(scores), atol=2e-6)
+
+
+def test_client_sends_raw_units_and_gets_raw_units():
+    task = tasks.load("waterflow")
+    net = make_net(task)
+    with torch.no_grad():
+        net.head.weight.zero_()
+        net.head.bias.fill_(2.0)
+    model, spec = export_net(net, task, TRAINING)
+    x = task.test.inputs[0][None, :50]
+    lengths = np.array([50], np.int32)
+    y = Runtime(model.SerializeToString())({"x": x, LENGTHS: lengths, "state.0.h": np.zeros((1, 1, 6), np.float32)})[
+        "y"
+    ]
+    # The head says: up by two median hourly changes, everywhere.
+    np.testing.assert_allclose(y, x[..., :1] + 2.0 * task.scaling().output_scale, rtol=1e-6)
+    assert (spec.graph.inputs[0].unit, spec.graph.outputs[0].unit) == ("l/s, h", "l/s")
+
+
+def test_spec_tells_where_the_model_came_from(vowels_run, vowels_file):
+    spec = parse_spec(Runtime(vowels_file.read_bytes()).metadata[METADATA_KEY])
+    metrics = json.loads((vowels_run.path / "metrics.json").read_text())
+    assert spec.topology == "many-to-one"
+    assert spec.labels == tuple(f"speaker {number}" for number in range(1, 10))
+    assert spec.training.task == "vowels"
+    assert spec.training.license == "CC BY 4.0"
+    assert spec.training.metrics["test_accuracy"] == metrics["test"]["accuracy"]
+    assert spec.training.metrics["baseline_test_accuracy"] == metrics["baseline"]["test"]["accuracy"]
+    assert spec.training.recipe["hidden"] == 16
+    assert spec.num_parameters == 3 * 16 * (12 + 16 + 2) + 9 * 17
+    assert spec.versions["torch"] == torch.__version__
+    assert (spec.cell, spec.hidden, spec.directions) == ("gru", (16,), (1,))
+    assert [(s.name, s.next_name, s.row_shape) for s in spec.graph.states] == [("state.0.h", "state.0.h.next", (1, 16))]
+
+
+def test_file_says_nothing_of_the_machine_that_made_it(vowels_file):
+    model = onnx.load(vowels_file)
+    assert [prop.key for prop in model.metadata_props] == [METADATA_KEY]
+    for each in (*model.graph.node, *model.graph.input, *model.graph.initializer, model.graph):
+        assert not each.metadata_props
+        assert not each.doc_string
+    assert os.fsencode(Path.cwd()) not in vowels_file.read_bytes()
+
+
+def test_versions_count_up(vowels_run, tmp_path):
+    first = export_run(vowels_run, tmp_path)
+    assert first.path == tmp_path / "vowels" / "1" / "model.onnx"
+    assert export_run(vowels_run, tmp_path, version=7).path.parent.name == "7"
+    assert export_run(vowels_run, tmp_path).path.parent.name == "8"
+    assert export_run(vowels_run, tmp_path, name="other").path == tmp_path / "other" / "1" / "model.onnx"
+    assert sorted(entry.name for entry in (tmp_path / "vowels").iterdir()) == ["1", "7", "8"]
+    assert stat.S_IMODE(first.path.stat().st_mode) == 0o644
+    assert stat.S_IMODE(first.path.parent.stat().st_mode) == 0o755
+    assert all(check.is_passed for check in ModelFile(first.path).verify())
+
+
+def test_version_that_exists_is_never_changed(tmp_path):
+    path = write_version(b"old", tmp_path, "m", 3)
+    with pytest.raises(ExportError, match="3 exists; versions are never changed"):
+        write_version(b"new", tmp_path, "m", 3)
+    assert path.read_bytes() == b"old"
+    assert next_version(tmp_path / "m") == 4
+    assert [entry.name for entry in (tmp_path / "m").iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "fault"),
+    [("../m", None, "cannot be a model's name"), (".m", None, "cannot be a model's name"), ("m", 0, "begin at 1")],
+)
+def test_names_and_versions_that_cannot_be(tmp_path, name, version, fault):
+    with pytest.raises(ExportError, match=fault):
+        write_version(b"", tmp_path, name, version)
+    assert not list(tmp_path.iterdir())
+
+
+def test_repository_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="cannot write to"):
+        write_version(b"", tmp_path / "file", "m")
+
+
+def test_what_is_no_run_is_said(tmp_path):
+    with pytest.raises(RunError, match=r"has no best.pt: it is no run"):
+        export_run(Run(tmp_path), tmp_path / "repository")
+    (tmp_path / "best.pt").write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"best.pt is damaged"):
+        export_run(Run(tmp_path), tmp_path / "repository")
+
+
+def test_run_that_was_killed_exports_its_best_epoch(vowels_run, tmp_path):
+    for name in ("best.pt", "config.json"):
+        (tmp_path / name).write_bytes((vowels_run.path / name).read_bytes())
+    spec = export_run(Run(tmp_path), tmp_path / "repository").spec
+    assert set(spec.training.metrics) == {"validation_loss", "validation_accuracy"}
+
+
+def test_exporting_leaves_warnings_as_they_were(recwarn):
+    import warnings
+
+    before = list(warnings.filters)
+    to_onnx(make_net(make_task()))
+    assert list(warnings.filters) == before
+    assert not recwarn.list
+
+
+def test_gate_is_deterministic(exported):
+    net, model, graph = exported
+    first, second = (gate(net, model.SerializeToString(), graph) for _ in range(2))
+    for a, b in itertools.zip_longest(first[1], second[1]):
+        assert a.inputs == b.inputs
