@@ -10,11 +10,15 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from service.client._base import translate
 from service.client.errors import Unavailable
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+
+WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio says in place of a call's status when a write meets its end (grpc/grpc issue 36066)."""
 
 
 class AsyncCall:
@@ -53,6 +57,8 @@ class AsyncCall:
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INTERNAL and error.details() == WRITE_FAILED:
+                raise Unavailable("the call broke while a request was being written") from None
             raise translate(error) from None
         except asyncio.CancelledError:
             if self._call.cancelled() and not _is_cancelling():

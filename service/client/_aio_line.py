@@ -74,7 +74,7 @@ class AsyncLine:
         self.write(act())
         if self._call is not None:
             self._call.end()
-        while machine.state is State.ENDING:
+        while machine.is_ending:
             await self.changed.wait()
         await self._stop()
 
@@ -96,6 +96,8 @@ class AsyncLine:
 
         def take(response: pb.StreamPredictResponse) -> bool:
             self.write(machine.receive(response))
+            if machine.is_ending and machine.state is not State.CONNECTING:
+                call.end()
             return machine.state is not State.CONNECTING
 
         try:

@@ -46,7 +46,7 @@ def read_sequences(path: str, info: ModelInfo) -> list[tuple[str, Step]]:
     if suffix == ".npz":
         arrays = _load(path)
         if len(info.step_inputs) > 1:
-            return [(path, {name: arrays[name] for name in arrays})]
+            return [(path, arrays)]
         return [found for name in arrays for found in _split(f"{path}:{name}", arrays[name], info)]
     steps: list[Any] = list(read_steps(path, info))
     if not steps:
@@ -76,8 +76,11 @@ def read_steps(path: str, info: ModelInfo) -> Iterator[Step]:
 
 
 def _load(path: str) -> Any:
+    """Read a .npy file's array, or a .npz file's arrays by name."""
     try:
-        return np.load(path, allow_pickle=False)
+        with Path(path).open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -170,7 +173,7 @@ class _Table:
     def _cells(self, line: str) -> list[str]:
         if self._delimiter is None:
             return line.split()
-        return [cell.strip() for cell in next(csv.reader([line], delimiter=self._delimiter))]
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=self._delimiter, skipinitialspace=True))]
 
 
 def _is_number(cell: str) -> bool:

@@ -62,8 +62,8 @@ class Span:
     """Kept for a resend."""
     num_done: int = 0
     """Leading steps whose outputs are here."""
-    is_stale: bool = False
-    """Sent behind a step that was rejected."""
+    stale_for: StepRejected | None = None
+    """Rejection of steps that it was sent behind."""
     error: StepRejected | None = None
 
     @property
@@ -211,24 +211,24 @@ class Ledger:
         span = next((s for s in self._spans if not s.is_settled and s.expects <= at < s.end), None)
         if span is None:
             return
-        if not span.is_stale:
+        if span.stale_for is None:
             self.position = error.expected_position
             self._unseen = None if span.send.is_discarded else error
             spans = list(self._spans)
             for later in spans[spans.index(span) + 1 :]:
-                later.is_stale = True
+                later.stale_for = error
         if at > span.expects:
             span = self._split(span, at)
         self._settle_with(span, error)
         for stale in self._spans:
-            if stale.is_stale and not stale.is_settled and span.end <= stale.position < end:
+            if stale.stale_for is not None and not stale.is_settled and span.end <= stale.position < end:
                 self._settle_with(stale, error)
 
     def abort_stale(self) -> None:
         """Settle what the server would have aborted, had the connection lasted."""
         for span in self._spans:
-            if span.is_stale and not span.is_settled:
-                self._settle_with(span, _aborted(span, self.position))
+            if span.stale_for is not None and not span.is_settled:
+                self._settle_with(span, _aborted(span, span.stale_for.expected_position))
 
     def settle(self) -> None:
         """Turn what is settled into outcomes."""
@@ -255,7 +255,7 @@ class Ledger:
 
     def _live(self) -> Iterator[Span]:
         """Spans that the server owes outputs."""
-        return (span for span in self._spans if not span.is_settled and not span.is_stale)
+        return (span for span in self._spans if not span.is_settled and span.stale_for is None)
 
     def _count_done(self, span: Span, count: int) -> None:
         span.num_done += count
@@ -267,7 +267,7 @@ class Ledger:
 
     def _split(self, span: Span, at: int) -> Span:
         """Cut a span in two, since outputs are owed before `at`. Returns the second part."""
-        rest = Span(span.send, at, span.end - at, [], is_stale=span.is_stale)
+        rest = Span(span.send, at, span.end - at, [], stale_for=span.stale_for)
         span.length = at - span.position
         span.send.num_open += 1
         self._spans.insert(self._spans.index(span) + 1, rest)

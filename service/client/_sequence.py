@@ -4,7 +4,7 @@ A shell writes the requests it is given, feeds it the responses that come, and h
 
     CONNECTING --opened--> OPEN --close, detach--> ENDING --closed or end of the call--> OVER
          ^                  |                                                             ^
-         \-- resume -- LOST <-- connection lost, session lingers                          |
+         \-- resume -- LOST <-- connection lost, session lingers (ENDING: and answers due) |
                         any state -- refused, failed, expired, taken over, lost ----------/
 
 Laws:
@@ -48,6 +48,8 @@ RUN_CHUNK_STEPS = 32
 RUN_WINDOW_STEPS = 512
 """Most steps that `run` leaves unanswered."""
 
+_CLOSE = pb.StreamPredictRequest(frame=pb.StreamFrame(closes=[HANDLE]))
+
 
 class State(Enum):
     """Where the sequence stands."""
@@ -76,6 +78,8 @@ class SequenceMachine:
         """Time left before the server stops, once it has said that it will."""
         self.ledger = Ledger()
         self._was_open = False
+        self._is_leaving = False
+        self._is_closing = False
         self._fault: RnnserveError | None = None
 
     # ---- facts ------------------------------------------------------------------------------------------------------
@@ -84,6 +88,16 @@ class SequenceMachine:
     def is_buffered(self) -> bool:
         """Whether outputs come only when the sequence has ended."""
         return self.step_mode == "buffered"
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether answers are due. Those of a buffered model are only once it is closed."""
+        return self.ledger.num_unanswered > 0 and (self._is_closing or not self.is_buffered)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it was closed or detached, and the server has yet to end the call."""
+        return self._is_leaving and self.state is not State.OVER
 
     @property
     def is_ready(self) -> bool:
@@ -147,7 +161,7 @@ class SequenceMachine:
         """Raise FailedPrecondition where waiting for an answer is in vain."""
         if not self.ledger.is_awaiting:
             raise FailedPrecondition("no answer is due: send steps first")
-        if self.is_buffered and self.state is State.OPEN:
+        if self.is_buffered and not self._is_leaving:
             raise FailedPrecondition(f"the outputs of model {self.info.name} come when the sequence has ended: close()")
 
     # ---- requests ---------------------------------------------------------------------------------------------------
@@ -165,7 +179,7 @@ class SequenceMachine:
         """
         if self._fault is not None:
             raise self._fault
-        if self.state in (State.ENDING, State.OVER):
+        if self._is_leaving or self.state is State.OVER:
             raise FailedPrecondition("the stream is closed: open another one", reason="STREAM_CLOSED")
         self._check_buffer(num_steps)
         return self.ledger.begin()
@@ -212,14 +226,22 @@ class SequenceMachine:
 
     def close(self) -> list[pb.StreamPredictRequest]:
         """End the session: its steps are answered, then its state is freed. The shell ends its side of the call."""
-        was_open = self.state is State.OPEN
-        self.detach()
-        return [pb.StreamPredictRequest(frame=pb.StreamFrame(closes=[HANDLE]))] if was_open else []
+        self._is_closing = True
+        return [_CLOSE] if self._leave() else []
 
     def detach(self) -> None:
         """Leave the session, to linger if its terms say so. The shell ends its side of the call."""
-        if self.state is not State.ENDING:
-            self.state = State.ENDING if self.state is State.OPEN else State.OVER
+        self._leave()
+
+    def _leave(self) -> bool:
+        """Begin the end; without a connection only if steps wait for one. Returns whether there is one."""
+        self._is_leaving = True
+        if self.state is State.OPEN:
+            self.state = State.ENDING
+            return True
+        if self.state is not State.ENDING and not (self._was_open and self.is_owed):
+            self.state = State.OVER
+        return False
 
     def _frame(self, span: Span, skip: int) -> pb.StreamPredictRequest:
         """Make the frame of a span without its first `skip` steps."""
@@ -276,11 +298,11 @@ class SequenceMachine:
 
     def end(self, error: RnnserveError | None) -> bool:
         """Take the end of the call, with its error if it failed. Returns whether the session is to be resumed."""
-        if self.state is State.OVER or (error is None and self.state is State.ENDING):
+        if self.state is State.OVER or (self._is_leaving and (error is None or not self.is_owed)):
             self._finish()
             return False
         error = error or error_for("UNAVAILABLE", "the server ended the stream")
-        if self.terms.is_resumable and self._was_open and is_connection_loss(error) and self.state is not State.ENDING:
+        if self.terms.is_resumable and self._was_open and is_connection_loss(error):
             self.state = State.LOST
             self.ledger.abort_stale()
             self.ledger.settle()
@@ -310,14 +332,15 @@ class SequenceMachine:
             at = self.ledger.acknowledged
             self.fail(SessionFailed(message, handle=HANDLE, position=at, expected_position=0, cause=cause))
             return []
-        self.state = State.OPEN
+        self.state = State.ENDING if self._is_leaving else State.OPEN
         if not self._was_open:
             self._was_open = True
             self.is_resumed = opened.resumed
             self.ledger.position = opened.position
         is_last = self.terms.emit == "last"
         resends = self.ledger.resends(opened.position, is_partial=self.is_buffered, is_last=is_last)
-        return [self._frame(span, skip) for span, skip in resends]
+        frames = [self._frame(span, skip) for span, skip in resends]
+        return [*frames, _CLOSE] if self._is_closing else frames
 
     def _take_closed(self, closed: pb.SessionClosed) -> None:
         if self.state is State.ENDING and closed.reason == pb.CLOSE_REASON_CLIENT:
@@ -332,5 +355,5 @@ class SequenceMachine:
     def _finish(self) -> None:
         """The end, as agreed. Answers that are still due will not come."""
         self.state = State.OVER
-        if self.ledger.num_unanswered:
+        if self.is_owed:
             self.fail(ProtocolError(f"the stream ended before {self.ledger.num_unanswered} steps were answered"))

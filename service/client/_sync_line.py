@@ -114,6 +114,8 @@ class Line:
         def take(response: pb.StreamPredictResponse) -> bool:
             with self.changed:
                 self.write(machine.receive(response))
+                if machine.is_ending and machine.state is not State.CONNECTING:
+                    call.end()
                 return machine.state is not State.CONNECTING
 
         try:
@@ -130,10 +132,11 @@ class Line:
         machine = self.machine
         with self.changed:
             self.write(act())
-            self._is_left.set()
+            if machine.state is State.OVER:
+                self._is_left.set()
             if self._call is not None:
                 self._call.end()
-            while machine.state is State.ENDING:
+            while machine.is_ending:
                 self.pump()
             if self._call is not None:
                 self._call.cancel()
