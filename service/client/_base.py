@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from service.client import _codec
-from service.client._channel import DEFAULT_TARGET, ChannelSettings
+from service.client._channel import DEFAULT_TARGET, KEEPALIVE_S, ChannelSettings
 from service.client._status import from_rpc
 from service.client.errors import InvalidArgument, RnnserveError, Unavailable
 from service.client.info import ModelInfo
@@ -35,7 +35,7 @@ class ClientBase:
         server_name: str | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         max_message_bytes: int = 64 * 1024 * 1024,
-        keepalive_s: float = 30.0,
+        keepalive_s: float = KEEPALIVE_S,
         resume_timeout_s: float = 30.0,
         options: Sequence[tuple[str, str | int]] = (),
     ) -> None:
@@ -48,7 +48,8 @@ class ClientBase:
         server_name         name to expect in the server's certificate, if it is not the target's
         metadata            sent with every call, such as [("authorization", "Bearer ...")]
         max_message_bytes   largest message to send or take
-        keepalive_s         idle time after which a call's connection is checked; 0 never checks
+        keepalive_s         idle time after which a call's connection is checked, which a server may resent if it is
+                            less than 5 minutes; 0 never checks
         resume_timeout_s    longest that a stream tries to take up a session that lingers after a lost connection
         options             further channel options of gRPC
         """

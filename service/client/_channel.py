@@ -12,6 +12,9 @@ from service.client.errors import InvalidArgument
 
 DEFAULT_TARGET = "localhost:8001"
 DEFAULT_PORT = 8001
+KEEPALIVE_S = 310.0
+"""A gRPC server hangs up on clients that ask more often than every 5 minutes, unless it was told otherwise. A connection
+that leaves what was sent unacknowledged for 10 s is given up all the same."""
 SERVICE = "rnnserve.v1.SequenceService"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
@@ -42,8 +45,8 @@ class ChannelSettings:
     """Name to expect in the server's certificate, if it is not the target's."""
     max_message_bytes: int = 64 * 1024 * 1024
     """Largest message to send or take."""
-    keepalive_s: float = 30.0
-    """Idle time after which a call in progress is checked for a dead connection; 0 never checks."""
+    keepalive_s: float = KEEPALIVE_S
+    """Idle time after which a call's connection is checked; 0 never checks."""
     options: Sequence[tuple[str, str | int]] = ()
     """Further channel options of gRPC; they win over the ones made here."""
 

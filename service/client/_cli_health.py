@@ -16,7 +16,7 @@ SERVING = 1
 INTERVAL_S = 0.2
 
 
-@click.command()
+@click.command(short_help="Tell whether the server, or one model, is ready.")
 @click.option("--model", default="", metavar="NAME", help='Ask about one model, as "name" or "name/version".')
 @click.option("--timeout", default=5.0, show_default=True, metavar="SECONDS", help="Longest time for an answer.")
 @click.option("--wait", default=0.0, metavar="SECONDS", help="Ask again until it is healthy, for that long.")

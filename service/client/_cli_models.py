@@ -12,7 +12,7 @@ from service.client._cli_options import client_of, server_options
 from service.client.info import ModelInfo, ModelList, TensorInfo
 
 
-@click.command()
+@click.command(short_help="List models, or tell all about one.")
 @click.argument("name", required=False)
 @click.option("--model-version", default=0, metavar="N", help="Version of NAME; the newest by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -20,7 +20,7 @@ CALL_BYTES = 8 * 1024 * 1024
 """Most that one call carries; more files make more calls."""
 
 
-@click.command()
+@click.command(short_help="Run whole sequences through a model.")
 @click.argument("model")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--model-version", default=0, metavar="N", help="Version of the model; the newest by default.")

@@ -15,7 +15,7 @@ REPLAY_WINDOW = 256
 """Steps whose answers a session that lingers keeps, so that none is lost when the connection breaks."""
 
 
-@click.command()
+@click.command(short_help="Stream timesteps through a model.")
 @click.argument("model")
 @click.argument("file", default="-")
 @click.option("--model-version", default=0, metavar="N", help="Version of the model; the newest by default.")

@@ -48,7 +48,7 @@ class Commands(click.Group):
         module, _, name = where.partition(":")
         try:
             command = getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001 - a broken subcommand leaves the others alone
             return _unavailable(cmd_name, error)
         return command if isinstance(command, click.Command) else None
 
@@ -108,13 +108,13 @@ def _hint(error: BaseException) -> str | None:
     return f"this needs {module}: pip install 'rnnserve[{EXTRAS[module]}]'{other}"
 
 
-def _unavailable(name: str, error: ImportError | AttributeError) -> click.Command:
+def _unavailable(name: str, error: Exception) -> click.Command:
     """Stand in for a subcommand that can't be imported."""
     message = _hint(error) or f"the command can't be loaded: {error}"
 
     @click.command(
         name,
-        short_help=f"[{message}]",
+        short_help=f"({message})",
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
         add_help_option=False,
     )
