@@ -12,16 +12,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 from service.config import Settings
 from service.errors import ModelNotFound, RunFailed, Unavailable
 from service.events import Link, Steps
-from service.lane import Lane, Run
+from service.lane import Lane
 from service.predict import PredictCall, Prediction, Sequences
+from service.runs import Run
 
 log = logging.getLogger(__name__)
+Array = npt.NDArray[Any]
 
 EXPIRY_TICK_S = 0.25
+_UNKNOWN = float("inf")
 COST_SMOOTHING = 0.2
 """Weight of the newest measurement in a run's expected cost."""
 
@@ -90,14 +96,13 @@ class Engine:
 
     def submit(self, lane: Lane, steps: Steps) -> None:
         """Take steps of live sessions; their answers come to the link as events."""
-        lane.submit(steps)
+        lane.submit(steps, self.clock())
         self.wake()
 
     async def predict(self, lane: Lane, sequences: Sequences) -> Prediction:
         """Run whole sequences. Cancelling it frees what they hold."""
         self.check_open()
         call = PredictCall(lane, sequences)
-        lane.attach(call.link)
         self._waiting[lane].append(call)
         self.wake()
         try:
@@ -127,11 +132,11 @@ class Engine:
         for _ in range(len(self._turns)):
             lane = self._turns[0]
             self._turns.rotate(-1)
-            lane.flush(now)
+            lane.flush()
             self._feed(lane, now)
             run = lane.next_run(now)
             if run is not None:
-                self._dispatch(lane, run)
+                self._dispatch(_Job(lane, run))
                 return
 
     def _feed(self, lane: Lane, now: float) -> None:
@@ -141,46 +146,38 @@ class Engine:
             if waiting[0].is_fed:
                 waiting.popleft()
 
-    def _dispatch(self, lane: Lane, run: Run) -> None:
+    def _dispatch(self, job: _Job) -> None:
         assert self._loop is not None  # noqa: S101  checked by _pump
-        key = (lane, (len(run.batch.slots) - 1).bit_length(), (run.batch.steps - 1).bit_length())
-        if self._costs.get(key, float("inf")) <= self.settings.inline_run_ms / 1000:
-            self._execute(key, run)
-            self.wake()
+        if self._costs.get(job.key, _UNKNOWN) <= self.settings.inline_run_ms / 1000:
+            try:
+                outcome: _Outcome | RunFailed = job.execute()
+            except RunFailed as error:
+                outcome = error
+            self._finish(job, outcome)
         else:
             self._is_on_thread = True
-            future = self._loop.run_in_executor(self._executor, _timed, run)
-            future.add_done_callback(lambda done: self._on_thread_done(key, run, done))
+            self._loop.run_in_executor(self._executor, job.execute).add_done_callback(
+                lambda done: self._leave_thread(job, done)
+            )
 
-    def _execute(self, key: tuple[Lane, int, int], run: Run) -> None:
-        try:
-            result = _timed(run)
-        except RunFailed as error:
-            self._on_failed(run, error)
-        else:
-            self._on_done(key, run, result)
-
-    def _on_thread_done(self, key: tuple[Lane, int, int], run: Run, done: asyncio.Future[_Timed]) -> None:
+    def _leave_thread(self, job: _Job, done: asyncio.Future[_Outcome]) -> None:
         self._is_on_thread = False
-        error = done.exception()
-        if error is None:
-            self._on_done(key, run, done.result())
-        else:
-            self._on_failed(run, error)
-        self.wake()
+        self._finish(job, done.exception() or done.result())
 
-    def _on_done(self, key: tuple[Lane, int, int], run: Run, result: _Timed) -> None:
-        outputs, states, seconds = result
-        known = self._costs.get(key, seconds)
-        self._costs[key] = known + COST_SMOOTHING * (seconds - known)
+    def _finish(self, job: _Job, outcome: _Outcome | BaseException) -> None:
+        """Hand a run's results to its lane; whatever happens, the server goes on."""
+        lane, now = job.lane, self.clock()
         try:
-            run.lane.complete(run, outputs, states, self.clock(), seconds)
+            if isinstance(outcome, BaseException):
+                log.error("a run of %s with %d rows failed: %s", lane.name, len(job.run.batch.slots), outcome)
+                lane.fail(job.run, now)
+            else:
+                known = self._costs.get(job.key, outcome.seconds)
+                self._costs[job.key] = known + COST_SMOOTHING * (outcome.seconds - known)
+                lane.complete(job.run, outcome.outputs, outcome.states, now, outcome.seconds)
         except Exception:
-            log.exception("a bug in taking the results of a run of %s; the server goes on", run.lane.name)
-
-    def _on_failed(self, run: Run, error: BaseException) -> None:
-        log.error("a run of %s with %d rows failed: %s", run.lane.name, len(run.batch.slots), error)
-        run.lane.fail(run, self.clock())
+            log.exception("a bug in taking the results of a run of %s", lane.name)
+        self.wake()
 
     def _tick(self) -> None:
         """End what has expired, every so often."""
@@ -191,10 +188,23 @@ class Engine:
         self._ticker = self._loop.call_later(EXPIRY_TICK_S, self._tick)
 
 
-_Timed = tuple[list, list, float]  # type: ignore[type-arg]
+class _Outcome(NamedTuple):
+    outputs: list[Array]
+    states: list[Array]
+    seconds: float
 
 
-def _timed(run: Run) -> _Timed:
-    began = time.perf_counter()
-    outputs, states = run.execute()
-    return outputs, states, time.perf_counter() - began
+class _Job:
+    """A run of a lane, with the key that its cost is remembered by: rows and steps rounded up to powers of two."""
+
+    __slots__ = ("key", "lane", "run")
+
+    def __init__(self, lane: Lane, run: Run) -> None:
+        self.lane = lane
+        self.run = run
+        self.key = (lane, (len(run.batch.slots) - 1).bit_length(), (run.batch.steps - 1).bit_length())
+
+    def execute(self) -> _Outcome:
+        began = time.perf_counter()
+        outputs, states = self.run.execute()
+        return _Outcome(outputs, states, time.perf_counter() - began)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from service.errors import ServiceError
-from service.sessions import SessionState
+from service.sessions import Session, SessionState
 
 Array = npt.NDArray[Any]
+NEVER = float("inf")
 
 
 @dataclass(slots=True)
@@ -49,6 +49,7 @@ class Closed:
     position: int
     """Steps that were applied."""
     state: SessionState
+    """OPEN for a session that goes on without this link."""
     is_taken_over: bool = False
     final_states: list[Array] | None = None
     """Rows of its states, if the link wants them."""
@@ -59,7 +60,7 @@ Event = Answer | StepsFailed | Closed
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """Whoever holds sessions and takes their events."""
+    """Whoever holds sessions and takes their events: a connected stream, or a Predict call."""
 
     sink: Callable[[Event], None]
     outputs: list[int]
@@ -70,26 +71,29 @@ class Link:
     """Tell the final states when a session closes."""
     is_predicting: bool = False
     """Whether it holds whole sequences of a Predict call, not sessions."""
-    number: int = 0
-    slots: dict[int, int] = field(default_factory=dict)
-    """Open sessions by handle."""
+    sessions: dict[int, Session] = field(default_factory=dict)
+    """Sessions that take steps, by handle."""
+    members: set[Session] = field(default_factory=set)
+    """Those, and the draining ones."""
     num_opened: int = 0
     """Handles given out."""
-    num_live: int = 0
-    """Sessions that have not ended for this link, draining ones included."""
+
+    @property
+    def num_unanswered(self) -> int:
+        """Steps of its sessions that are queued or running."""
+        return sum(session.expected - session.applied for session in self.members)
 
 
 @dataclass(slots=True)
 class Steps:
     """Steps of some sessions of one link, checked against the model's shapes."""
 
-    link: Link
-    handles: list[int]
-    slots: list[int]
-    positions: list[int] | None
-    """None counts on from what was sent."""
+    sessions: list[Session]
+    """Open ones, each once."""
+    positions: Sequence[int] | None
+    """Of each entry's first step; None counts on from what was sent."""
     lengths: list[int] | None
     """None: one step each."""
-    inputs: list[Array]
-    """Per-step inputs in the model's order, each [sum(lengths), ...]."""
-    deadline: float = np.inf
+    inputs: list[bytes]
+    """Per-step inputs in the model's order, each [sum(lengths), ...] as raw bytes."""
+    deadline: float = NEVER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,3 +41,14 @@ def bad_value(tensor: TensorSpec, row: Array, step: int) -> BadValue:
         wanted = f"token ids lie in 0..{largest}"
     name = tensor.element_names[element] if element < len(tensor.element_names) else f"element {element}"
     return BadValue(f"{tensor.name}: {name} of step {step} is {values[element]}; {wanted}", field=tensor.name)
+
+
+def bad_entries(
+    tensor: TensorSpec, x: Array, is_bad: npt.NDArray[np.bool_], starts: Sequence[int]
+) -> dict[int, BadValue]:
+    """Say what is wrong with each entry [starts[i], starts[i + 1]) of x that has a bad row."""
+    errors = {}
+    for entry in np.flatnonzero(np.logical_or.reduceat(is_bad, starts)).tolist():
+        step = int(np.argmax(is_bad[starts[entry] :]))
+        errors[entry] = bad_value(tensor, x[starts[entry] + step], step)
+    return errors

@@ -96,9 +96,9 @@ class PredictCall:
         part = slice(self._num_fed, self._num_fed + room)
         sequences = self._sequences
         states = [rows if rows is None else rows[part] for rows in sequences.states]
-        starts = self._starts[part]
+        starts, lengths = self._starts[part].tolist(), sequences.lengths[part].tolist()
         self._num_fed += len(starts)
-        self.lane.submit_sequences(self.link, sequences.inputs, starts, sequences.lengths[part], states, now)
+        self.lane.submit_sequences(self.link, sequences.inputs, starts, lengths, states, now)
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Answer):

@@ -11,23 +11,18 @@ goes to the end of the line, so a long entry can't starve a short one. Laws:
     the slot that has waited longest is in the batch; one that ran goes to the end of the line, so none waits for ever
     where there is room, a slot is passed over only for being short, at most once for each power of two of steps
 
-Everything is kept in columns, by slot or by entry, so that a batch of 256 costs a few numpy calls, not 256 objects.
+Columns are plain lists, by slot and by row: most batches are small, and below some dozens of rows a loop over Python
+ints costs less than the calls into numpy that would replace it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-
-NONE = -1
-"""No entry."""
 WHOLE_SPREAD = 1.25
 """Whole sequences share a batch if the longest is at most this many times the shortest: padding is computed in full."""
 
@@ -46,34 +41,41 @@ class BatchConfig:
     """Most steps of a batch of whole entries, over all rows and beyond the first, so that no run takes long."""
 
 
-@dataclass(frozen=True, slots=True)
+class Entry(NamedTuple):
+    """Steps of one slot that were submitted together."""
+
+    length: int
+    start: int
+    """Row of the first step in the payload."""
+    payload: Any
+    deadline: float
+
+
+@dataclass(slots=True)
 class Batch:
     """Rows to run together; row i belongs to slots[i]."""
 
-    entries: Ints
-    slots: Ints
-    counts: Ints
+    slots: list[int]
+    counts: list[int]
     """Steps that each row advances."""
-    starts: Ints
+    starts: list[int]
     """First row of those steps in the entry's payload."""
     steps: int
     """Largest of counts: rows with fewer are padded to it."""
-    is_last: Bools
+    is_last: list[bool]
     """Whether the batch ends the row's entry."""
     payloads: list[Any]
     """What was submitted with each row's entry."""
 
     def row(self, index: int) -> Batch:
         """Cut one row out, to be run and completed alone."""
-        at = slice(index, index + 1)
         return Batch(
-            entries=self.entries[at],
-            slots=self.slots[at],
-            counts=self.counts[at],
-            starts=self.starts[at],
-            steps=int(self.counts[index]),
-            is_last=self.is_last[at],
-            payloads=self.payloads[at],
+            slots=[self.slots[index]],
+            counts=[self.counts[index]],
+            starts=[self.starts[index]],
+            steps=self.counts[index],
+            is_last=[self.is_last[index]],
+            payloads=[self.payloads[index]],
         )
 
 
@@ -88,11 +90,6 @@ class Dropped:
     """Steps that were queued behind them."""
 
 
-_ENTRY = np.dtype(
-    [("length", "i8"), ("done", "i8"), ("start", "i8"), ("next", "i8"), ("deadline", "f8"), ("payload", "O")]
-)
-
-
 class Scheduler:
     """Queues entries and forms batches."""
 
@@ -100,24 +97,23 @@ class Scheduler:
         self.config = config
         self.num_queued_steps = 0
         """Steps submitted, not yet completed or dropped."""
-        self._ready = _Line(num_slots)
-        self._first = np.full(num_slots, NONE, dtype=np.int64)
-        self._last = np.full(num_slots, NONE, dtype=np.int64)
-        self._is_running = np.zeros(num_slots, dtype=bool)
-        self._is_doomed = np.zeros(num_slots, dtype=bool)  # cancelled while running
+        self._num_entries = 0
         self._num_deadlines = 0
-        self._table = np.zeros(0, dtype=_ENTRY)
-        self._free = np.zeros(0, dtype=np.int64)  # a stack of unused rows of the table
-        self._num_free = 0
+        self._ready: deque[int] = deque()
+        self._first: list[Entry | None] = [None] * num_slots
+        self._done = [0] * num_slots  # steps of the first entry that were run
+        self._behind: dict[int, deque[Entry]] = {}
+        self._running: set[int] = set()
+        self._doomed: set[int] = set()  # cancelled while running
 
     def submit(
         self,
-        slots: Ints,
-        lengths: Ints,
-        starts: Ints,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        starts: Sequence[int],
         payload: object,
         *,
-        deadlines: npt.NDArray[np.float64] | None = None,
+        deadlines: Sequence[float] | None = None,
     ) -> None:
         """Queue one entry for each slot.
 
@@ -127,113 +123,99 @@ class Scheduler:
         payload    whatever the caller needs to find the rows again
         deadlines  [n] entries that have not begun by then are dropped by `expire`; infinity and None never expire
         """
-        entries = self._acquire(len(slots))
-        self._table["length"][entries] = lengths
-        self._table["done"][entries] = 0
-        self._table["start"][entries] = starts
-        self._table["next"][entries] = NONE
-        self._table["payload"][entries] = [payload] * len(slots)
-        if deadlines is None:
-            self._table["deadline"][entries] = np.inf
-        else:
-            self._table["deadline"][entries] = deadlines
-            self._num_deadlines += int(np.isfinite(deadlines).sum())
-        self.num_queued_steps += int(lengths.sum())
-
-        last = self._last[slots]
-        is_idle = last == NONE
-        self._last[slots] = entries
-        if is_idle.all():
-            self._first[slots] = entries
-            self._ready.push(slots)
-        else:
-            self._table["next"][last[~is_idle]] = entries[~is_idle]
-            self._first[slots[is_idle]] = entries[is_idle]
-            self._ready.push(slots[is_idle])
+        first, ready = self._first, self._ready
+        for index, slot in enumerate(slots):
+            deadline = _NEVER if deadlines is None else deadlines[index]
+            entry = Entry(lengths[index], starts[index], payload, deadline)
+            if first[slot] is None:
+                first[slot] = entry
+                ready.append(slot)
+            else:
+                self._behind.setdefault(slot, deque()).append(entry)
+            if deadline != _NEVER:
+                self._num_deadlines += 1
+        self._num_entries += len(slots)
+        self.num_queued_steps += sum(lengths)
 
     def next_batch(self) -> Batch | None:
         """Take the next rows to run, or None if nothing is ready. Every batch must be completed."""
-        window = self._ready.peek(self.config.max_rows)
-        if not len(window):
+        ready = self._ready
+        if not ready:
             return None
-        lengths = self._remaining(window)
-        if lengths.max() > 1 or self.config.whole:
-            window = self._ready.peek(4 * self.config.max_rows)  # more to choose companions from
-            chosen, steps = self._choose(self._remaining(window))
+        if self.num_queued_steps == self._num_entries and not self.config.whole:  # one step is left of every entry
+            num_rows = min(len(ready), self.config.max_rows)
+            slots = [ready.popleft() for _ in range(num_rows)]
+            steps, counts, is_last = 1, [1] * num_rows, [True] * num_rows
         else:
-            chosen, steps = None, 1
-        slots = self._ready.take(len(window), chosen)
-        entries = self._first[slots]
-        done = self._table["done"][entries]
-        left = self._table["length"][entries] - done
-        counts = np.minimum(left, steps)
-        self._is_running[slots] = True
+            slots, limit = self._choose()
+            left = [self._remaining(slot) for slot in slots]
+            counts = [min(count, limit) for count in left]
+            is_last = [count <= limit for count in left]
+            steps = max(counts)
+        entries: list[Entry] = [self._first[slot] for slot in slots]  # type: ignore[misc]  # ready ones have an entry
+        done = self._done
+        self._running.update(slots)
         return Batch(
-            entries=entries,
             slots=slots,
             counts=counts,
-            starts=self._table["start"][entries] + done,
-            steps=int(counts.max()),
-            is_last=left <= steps,
-            payloads=self._table["payload"][entries].tolist(),
+            starts=[entry.start + done[slot] for entry, slot in zip(entries, slots, strict=True)],
+            steps=steps,
+            is_last=is_last,
+            payloads=[entry.payload for entry in entries],
         )
 
-    def complete(self, batch: Batch) -> Bools:
-        """Account for a batch that was run. Returns [rows]: False for slots that were cancelled meanwhile."""
-        entries, slots = batch.entries, batch.slots
-        self._is_running[slots] = False
-        self._table["done"][entries] += batch.counts
-        self.num_queued_steps -= int(batch.counts.sum())
-        is_live = ~self._is_doomed[slots]
-        ended = batch.is_last
-        if not is_live.all():
-            self._is_doomed[slots] = False
-            cut = entries[~is_live]
-            self.num_queued_steps -= int((self._table["length"][cut] - self._table["done"][cut]).sum())
-            ended = ended | ~is_live
-        over = entries[ended]
-        if len(over):
-            following = self._table["next"][over]
-            self._first[slots[ended]] = following
-            self._last[slots[ended][following == NONE]] = NONE
-            self._release(over)
-            slots = slots[self._first[slots] != NONE]
-        self._ready.push(slots)
-        return is_live
+    def complete(self, batch: Batch) -> set[int]:
+        """Account for a batch that was run. Returns the slots that were cancelled meanwhile: mostly none."""
+        slots = batch.slots
+        self._running.difference_update(slots)
+        cancelled = self._doomed.intersection(slots) if self._doomed else set()
+        self._doomed -= cancelled
+        self.num_queued_steps -= sum(batch.counts)
+        ready, done = self._ready, self._done
+        for slot, count, is_last in zip(slots, batch.counts, batch.is_last, strict=True):
+            if is_last:
+                done[slot] = 0
+                self._advance(slot)
+            else:
+                done[slot] += count
+                if slot in cancelled:
+                    self.num_queued_steps -= self._remaining(slot)
+                    done[slot] = 0
+                    self._advance(slot)
+                else:
+                    ready.append(slot)
+        return cancelled
 
     def cancel(self, slot: int) -> bool:
         """Drop all that is queued for a slot. Returns whether a batch with it is running.
 
-        The row of a running batch is reported by `complete` as not live; until then the slot must not be reused.
+        The slot of a running batch is reported by `complete`; until then it must not be reused.
         """
-        entry = int(self._first[slot])
-        if entry == NONE:
+        if self._first[slot] is None:
             return False
-        is_running = bool(self._is_running[slot])
-        if is_running:
-            self._is_doomed[slot] = True
-            self._drop_from(int(self._table["next"][entry]))
-            self._table["next"][entry] = NONE
-            self._last[slot] = entry
-        else:
-            self._ready.remove(slot)
-            self._drop_from(entry)
-            self._first[slot] = self._last[slot] = NONE
-        return is_running
+        for entry in self._behind.pop(slot, ()):
+            self._forget(entry, entry.length)
+        if slot in self._running:
+            self._doomed.add(slot)
+            return True
+        self._ready.remove(slot)
+        self.num_queued_steps -= self._remaining(slot)
+        self._done[slot] = 0
+        self._advance(slot)
+        return False
 
     def expire(self, now: float) -> Sequence[Dropped]:
         """Drop entries whose deadline has passed before they began, and what is queued behind them."""
         if not self._num_deadlines:
             return ()
-        ready = self._ready.peek(None)
-        entries = self._first[ready]
-        late = ready[(self._table["deadline"][entries] <= now) & (self._table["done"][entries] == 0)]
         dropped = []
-        for slot in late.tolist():
-            num_expired = int(self._table["length"][self._first[slot]])
-            before = self.num_queued_steps
-            self.cancel(slot)
-            dropped.append(Dropped(slot, num_expired, before - self.num_queued_steps - num_expired))
+        for slot in list(self._ready):
+            entry = self._first[slot]
+            if entry is not None and entry.deadline <= now and not self._done[slot]:
+                before = self.num_queued_steps
+                self.cancel(slot)
+                num_behind = before - self.num_queued_steps - entry.length
+                dropped.append(Dropped(slot, entry.length, num_behind))
         return dropped
 
     @property
@@ -243,99 +225,67 @@ class Scheduler:
 
     def is_busy(self, slot: int) -> bool:
         """Whether steps of a slot are queued or running."""
-        return bool(self._first[slot] != NONE)
+        return self._first[slot] is not None
 
-    def _remaining(self, slots: Ints) -> Ints:
-        entries = self._first[slots]
-        remaining: Ints = self._table["length"][entries] - self._table["done"][entries]
-        return remaining
+    def _remaining(self, slot: int) -> int:
+        entry = self._first[slot]
+        return 0 if entry is None else entry.length - self._done[slot]
 
-    def _choose(self, lengths: Ints) -> tuple[Bools, int]:
-        """Pick rows that run well together with the first one, which always runs.
+    def _advance(self, slot: int) -> None:
+        """Leave a slot's first entry behind; what comes next is ready."""
+        entry = self._first[slot]
+        if entry is not None:
+            self._forget(entry, 0)
+        following = self._behind.get(slot)
+        if following:
+            self._first[slot] = following.popleft()
+            self._ready.append(slot)
+            if not following:
+                del self._behind[slot]
+        else:
+            self._first[slot] = None
 
-        lengths  [window] steps left in each ready slot's entry
-        Returns (which rows, steps to advance). Longer entries always join, for as many steps as the first one wants;
+    def _forget(self, entry: Entry, num_steps: int) -> None:
+        self._num_entries -= 1
+        self._num_deadlines -= entry.deadline != _NEVER
+        self.num_queued_steps -= num_steps
+
+    def _choose(self) -> tuple[list[int], int]:
+        """Take slots that run well together with the first one in line, which always runs.
+
+        Returns (slots, most steps to advance). Longer entries always join, for as many steps as the first one wants;
         shorter ones join if more than half of those steps are theirs, so padding stays below half of any row.
         """
-        first = int(lengths[0])
-        if self.config.whole:
-            fits = (lengths <= first * WHOLE_SPREAD) & (lengths * WHOLE_SPREAD >= first)
-            fits &= lengths * WHOLE_SPREAD >= lengths[fits].max()
-            fits &= np.cumsum(lengths * fits) <= self.config.max_whole_steps
-            fits[0] = True
-            steps = int(lengths[fits].max())
+        config = self.config
+        window = list(islice(self._ready, 4 * config.max_rows))  # more than fit, to choose companions from
+        lengths = [self._remaining(slot) for slot in window]
+        if config.whole:
+            fits, limit = self._fit_whole(lengths), max(lengths)
         else:
-            steps = min(1 << (first - 1).bit_length(), self.config.max_chunk_steps)
-            fits = lengths * 2 > steps
-            fits[0] = True
-        fits &= np.cumsum(fits) <= self.config.max_rows
-        return fits, steps
+            limit = min(1 << (lengths[0] - 1).bit_length(), config.max_chunk_steps)
+            fits = [2 * length > limit for length in lengths]  # the first one always does
+        chosen: list[int] = []
+        kept: list[int] = []
+        for slot, is_in in zip(window, fits, strict=True):
+            (chosen if is_in and len(chosen) < config.max_rows else kept).append(slot)
+        for _ in window:
+            self._ready.popleft()
+        self._ready.extendleft(reversed(kept))
+        return chosen, limit
 
-    def _drop_from(self, entry: int) -> None:
-        while entry != NONE:
-            following = int(self._table["next"][entry])
-            self.num_queued_steps -= int(self._table["length"][entry] - self._table["done"][entry])
-            self._release(np.array([entry]))
-            entry = following
-
-    def _acquire(self, count: int) -> Ints:
-        if count > self._num_free:
-            old = len(self._table)
-            table = np.zeros(max(256, 2 * old, old + count), dtype=_ENTRY)
-            table[:old] = self._table
-            unused = self._free[: self._num_free]
-            self._num_free += len(table) - old
-            self._free = np.zeros(len(table), dtype=np.int64)
-            self._free[: self._num_free] = np.concatenate([unused, np.arange(old, len(table))])
-            self._table = table
-        self._num_free -= count
-        return self._free[self._num_free : self._num_free + count].copy()
-
-    def _release(self, entries: Ints) -> None:
-        self._table["payload"][entries] = None
-        if self._num_deadlines:
-            self._num_deadlines -= int(np.isfinite(self._table["deadline"][entries]).sum())
-        self._free[self._num_free : self._num_free + len(entries)] = entries
-        self._num_free += len(entries)
+    def _fit_whole(self, lengths: list[int]) -> list[bool]:
+        """Mark entries whose lengths are close, as many as a run may hold."""
+        shortest = longest = lengths[0]
+        total = 0
+        fits: list[bool] = []
+        for length in lengths:
+            low, high = min(shortest, length), max(longest, length)
+            is_in = not fits or (high <= low * WHOLE_SPREAD and total + length <= self.config.max_whole_steps)
+            if is_in:
+                shortest, longest = low, high
+                total += length
+            fits.append(is_in)
+        return fits
 
 
-class _Line:
-    """First-in, first-out line of slots in one array; a slot stands in it at most once."""
-
-    def __init__(self, num_slots: int) -> None:
-        self._buffer = np.empty(2 * num_slots, dtype=np.int64)
-        self._head = 0
-        self._tail = 0
-
-    def __len__(self) -> int:
-        return self._tail - self._head
-
-    def push(self, slots: Ints) -> None:
-        if self._tail + len(slots) > len(self._buffer):
-            kept = self._buffer[self._head : self._tail].copy()
-            self._head, self._tail = 0, len(kept)
-            self._buffer[: self._tail] = kept
-        self._buffer[self._tail : self._tail + len(slots)] = slots
-        self._tail += len(slots)
-
-    def peek(self, count: int | None) -> Ints:
-        end = self._tail if count is None else min(self._tail, self._head + count)
-        return self._buffer[self._head : end]
-
-    def take(self, count: int, chosen: Bools | None) -> Ints:
-        """Take the chosen ones (all if None) of the first `count`; the others keep their order."""
-        window = self._buffer[self._head : self._head + count]
-        if chosen is None:
-            self._head += count
-            return window.copy()
-        taken = window[chosen]
-        kept = window[~chosen]
-        self._head += len(taken)
-        self._buffer[self._head : self._head + len(kept)] = kept
-        return taken
-
-    def remove(self, slot: int) -> None:
-        line = self._buffer[self._head : self._tail]
-        kept = line[line != slot]
-        self._tail = self._head + len(kept)
-        self._buffer[self._head : self._tail] = kept
+_NEVER = float("inf")

@@ -11,8 +11,9 @@ import numpy as np
 from service.config import load_settings
 from service.errors import RunFailed
 from service.events import Answer, Closed, Event, Link, Steps
-from service.lane import Lane, Run
+from service.lane import Lane
 from service.repository import load_version
+from service.runs import Run
 from service.sessions import Terms
 
 Rows = np.ndarray
@@ -34,18 +35,19 @@ class Client:
         self.lane = lane
         self.events: list[Event] = []
         self.link = Link(self._take, **{"outputs": [0], **link})
-        lane.attach(self.link)
 
     def open(self, terms: Terms | None = None, now: float = 0.0) -> int:
         """Open a session. Returns its handle."""
         return self.lane.open(self.link, terms or Terms(), now)[0]
 
-    def send(self, xs: dict[int, Rows], positions: list[int] | None = None, deadline: float = np.inf) -> None:
+    def send(
+        self, xs: dict[int, Rows], positions: list[int] | None = None, deadline: float = np.inf, now: float = 0.0
+    ) -> None:
         """Send steps {handle: rows}."""
         lengths = [len(x) for x in xs.values()]
-        slots = [self.link.slots[handle] for handle in xs]
-        inputs = [np.concatenate(list(xs.values()))]
-        self.lane.submit(Steps(self.link, list(xs), slots, positions, lengths, inputs, deadline))
+        sessions = [self.link.sessions[handle] for handle in xs]
+        data = b"".join(x.astype(np.float32).tobytes() for x in xs.values())
+        self.lane.submit(Steps(sessions, positions, lengths, [data], deadline), now)
 
     def _take(self, event: Event) -> None:
         over = {closed.handle for closed in self.told(Closed)}
@@ -90,7 +92,7 @@ def run_alone(lane: Lane, x: Rows) -> Alone:
 
 def drive(lane: Lane, now: float = 0.0) -> None:
     """Run all that is ready."""
-    lane.flush(now)
+    lane.flush()
     while (run := lane.next_run(now)) is not None:
         finish(lane, run, now)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -56,6 +56,18 @@ class Served:
     def stub(self) -> Iterator[pb_grpc.SequenceServiceStub]:
         with grpc.insecure_channel(self.address) as channel:
             yield pb_grpc.SequenceServiceStub(channel)
+
+
+@asynccontextmanager
+async def serving_here(repository: Path, **settings: object) -> AsyncIterator[Server]:
+    """Serve on the running loop, for clients on asyncio: gRPC is at its best with one such loop in a process."""
+    values = load_settings({"repository": repository, "port": 0, "http_port": 0, "drain_s": 0.1, **settings})
+    server = Server(values, load_repository(values))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from service.errors import (
     DeadlineExpired,
     Exhausted,
     Overloaded,
+    PositionGap,
     RunFailed,
     SessionExpired,
     StepAborted,
@@ -61,9 +62,9 @@ def test_sessions_that_come_and_go_get_the_numbers_that_they_get_alone(lane_of, 
                 clients[index].send({0: x})
                 sent[index] += len(x)
             else:
-                lane.close(clients[index].link, 0, 0.0)
+                lane.close(clients[index].link, 0)
                 del sent[index]
-        lane.flush(0.0)
+        lane.flush()
         if (run := lane.next_run(0.0)) is not None:
             finish(lane, run)
     drive(lane)
@@ -105,7 +106,7 @@ def test_a_session_begins_with_the_state_that_it_is_given(lane):
     drive(lane)
     second.open()
     for index, row in enumerate(first.told(Closed)[0].final_states):
-        lane.set_state(second.link.slots[0], index, row)
+        lane.slab.write(second.link.sessions[0].slot, index, row)
     second.send({0: x[4:]})
     drive(lane)
     equal(np.concatenate([first.rows(), second.rows()]), run_alone(lane, x).y)
@@ -117,12 +118,14 @@ def test_a_session_begins_with_the_state_that_it_is_given(lane):
 def test_a_row_that_fails_by_itself_is_lost_alone(lane, monkeypatch):
     fail_on_mark(lane, monkeypatch)
     client = Client(lane)
-    xs = {client.open(): steps(seed, 3) for seed in range(4)}
+    xs = {client.open(): steps(seed, 4) for seed in range(4)}
     client.send({handle: x[:1] for handle, x in xs.items()})
     drive(lane)
     marked = xs[2].copy()
     marked[2] = MARK
-    client.send({handle: (marked if handle == 2 else x)[1:] for handle, x in xs.items()})
+    client.send({handle: (marked if handle == 2 else x)[1:3] for handle, x in xs.items()})
+    drive(lane)
+    client.send({handle: xs[handle][3:] for handle in (0, 1, 3)})
     drive(lane)
     for handle in (0, 1, 3):
         equal(client.rows(handle), run_alone(lane, xs[handle]).y)
@@ -131,14 +134,14 @@ def test_a_row_that_fails_by_itself_is_lost_alone(lane, monkeypatch):
     assert (failed.handle, failed.position, failed.num_steps, failed.is_over) == (2, 1, 2, True)
     assert isinstance(failed.error, RunFailed)
     assert (closed.handle, closed.position, closed.state) == (2, 1, SessionState.FAILED)
-    assert (lane.slab.num_allocated, list(client.link.slots), client.link.num_live) == (3, [0, 1, 3], 3)
+    assert (lane.slab.num_allocated, list(client.link.sessions), len(client.link.members)) == (3, [0, 1, 3], 3)
 
 
 def test_steps_that_arrive_while_their_session_fails_reach_nobody_else(lane, monkeypatch):
     fail_on_mark(lane, monkeypatch)
     client, other = Client(lane), Client(lane)
-    client.send({client.open(): np.full((1, 3), MARK)})
-    lane.flush(0.0)
+    client.send({client.open(): np.full((1, 3), MARK, np.float32)})
+    lane.flush()
     run = lane.next_run(0.0)
     client.send({0: steps(1, 2)})
     finish(lane, run)
@@ -154,7 +157,7 @@ def test_a_row_cancelled_while_it_runs_does_not_touch_the_next_owner(lane_of):
     lane = lane_of("lstm", max_sessions=2, max_predict_sequences=1, max_batch_rows=1)
     gone = Client(lane)
     gone.send({gone.open(): steps(1, 20)})
-    lane.flush(0.0)
+    lane.flush()
     run = lane.next_run(0.0)
     lane.drop(gone.link, 0.0)
     before, after = Client(lane), Client(lane)
@@ -164,7 +167,7 @@ def test_a_row_cancelled_while_it_runs_does_not_touch_the_next_owner(lane_of):
     drive(lane)
     equal(before.rows(), run_alone(lane, x).y)
     after.send({after.open(): x})
-    assert after.link.slots[0] == 0  # which the cancelled row has written to
+    assert after.link.sessions[0].slot == 0  # which the cancelled row has written to
     drive(lane)
     equal(after.rows(), run_alone(lane, x).y)
     assert (gone.events, lane.slab.num_allocated) == ([], 2)
@@ -173,8 +176,8 @@ def test_a_row_cancelled_while_it_runs_does_not_touch_the_next_owner(lane_of):
 def test_a_failed_run_of_cancelled_rows_frees_them(lane, monkeypatch):
     fail_on_mark(lane, monkeypatch)
     client = Client(lane)
-    client.send({client.open(): np.full((1, 3), MARK), client.open(): steps(1, 1)})
-    lane.flush(0.0)
+    client.send({client.open(): np.full((1, 3), MARK, np.float32), client.open(): steps(1, 1)})
+    lane.flush()
     run = lane.next_run(0.0)
     lane.drop(client.link, 0.0)
     finish(lane, run)
@@ -202,6 +205,17 @@ def test_steps_past_their_deadline_are_rejected_with_those_behind_them(lane):
     equal(client.rows(late), run_alone(lane, x).y)
 
 
+def test_a_deadline_stays_with_its_entry_though_others_are_refused(lane):
+    client = Client(lane)
+    gap, late, bad = client.open(), client.open(), client.open()
+    x = steps(1, 2)
+    client.send({gap: x, bad: np.full((1, 3), np.nan, np.float32)}, positions=[5, 0])
+    client.send({late: x}, deadline=1.0)
+    drive(lane, now=1.0)
+    errors = {failed.handle: type(failed.error) for failed in client.told(StepsFailed)}
+    assert errors == {bad: BadValue, gap: PositionGap, late: DeadlineExpired}
+
+
 @pytest.mark.parametrize("linger_s", [0.0, 5.0])
 def test_a_client_that_has_sent_all_is_told_the_end_though_its_steps_expire(lane, linger_s):
     client = Client(lane)
@@ -210,7 +224,7 @@ def test_a_client_that_has_sent_all_is_told_the_end_though_its_steps_expire(lane
     drive(lane, now=2.0)
     assert [type(event) for event in client.events] == [StepsFailed, Closed]
     assert client.events[1].state == (SessionState.OPEN if linger_s else SessionState.CLOSED)
-    assert (client.link.num_live, lane.num_sessions) == (0, bool(linger_s))
+    assert (client.link.members, lane.num_sessions) == (set(), bool(linger_s))
 
 
 def test_a_full_queue_refuses_what_does_not_fit_and_nothing_else(lane_of):
@@ -236,8 +250,18 @@ def test_sessions_are_limited_and_a_refused_one_uses_its_handle_up(lane_of):
     client.open()
     with pytest.raises(Exhausted, match=r"1 sessions are live, the limit \(max_sessions\) is 1"):
         client.open()
-    lane.close(client.link, 0, 0.0)
+    lane.close(client.link, 0)
     assert client.open() == 2
+
+
+def test_a_session_whose_steps_are_refused_is_not_idle(lane_of):
+    lane = lane_of("lstm", session_idle_s=5.0)
+    client = Client(lane)
+    client.send({client.open(): np.full((1, 3), np.nan)}, now=3.0)
+    lane.expire(7.9)
+    assert lane.num_sessions == 1
+    lane.expire(8.0)
+    assert lane.num_sessions == 0
 
 
 def test_an_idle_session_expires_but_not_one_whose_steps_are_under_way(lane_of):
@@ -246,7 +270,7 @@ def test_an_idle_session_expires_but_not_one_whose_steps_are_under_way(lane_of):
     idle, waiting, sending = client.open(), client.open(), client.open()
     x = steps(1, 2)
     client.send({waiting: x})
-    lane.flush(0.0)
+    lane.flush()
     run = lane.next_run(0.0)
     client.send({sending: x})
     lane.expire(5.0)
@@ -258,4 +282,4 @@ def test_an_idle_session_expires_but_not_one_whose_steps_are_under_way(lane_of):
     lane.expire(10.9)
     assert [client.rows(handle).shape for handle in (waiting, sending)] == [(2, 2), (2, 2)]
     lane.expire(11.0)
-    assert (lane.slab.num_allocated, client.link.num_live) == (0, 0)
+    assert (lane.slab.num_allocated, client.link.members) == (0, set())

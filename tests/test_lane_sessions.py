@@ -48,10 +48,10 @@ def test_a_closed_session_is_answered_to_its_last_step_and_its_name_is_free_at_o
     client, other = Client(lane), Client(lane)
     x = steps(1, 10)
     client.send({client.open(NAMED): x})
-    lane.close(client.link, 0, 0.0)
+    lane.close(client.link, 0)
     assert lane.open(other.link, NAMED, 0.0) == (0, 0, False)
     with pytest.raises(NotFound, match="handle 0 is not open on this stream"):
-        lane.close(client.link, 0, 0.0)
+        lane.close(client.link, 0)
     other.send({0: x[:3]})
     drive(lane)
     equal(client.rows(), run_alone(lane, x).y)
@@ -74,7 +74,7 @@ def test_a_client_that_has_sent_all_leaves_only_sessions_that_linger(lane):
         (kept, 6, SessionState.OPEN),
         (plain, 6, SessionState.CLOSED),
     ]
-    assert (lane.num_sessions, client.link.num_live) == (2, 0)
+    assert (lane.num_sessions, client.link.members) == (2, set())
 
 
 def test_a_session_lingers_after_its_connection_and_expires_after_its_linger(lane):
@@ -110,7 +110,7 @@ def test_the_newest_connection_takes_a_session_over_with_what_is_under_way(lane,
     old, new = Client(lane), Client(lane, wants_states=True)
     x = steps(1, 12)
     old.send({old.open(NAMED): x[:8]})
-    lane.flush(0.0)
+    lane.flush()
     finish(lane, lane.next_run(0.0))
     run = lane.next_run(0.0)
     old.send({0: x[8:10]})
@@ -120,7 +120,7 @@ def test_the_newest_connection_takes_a_session_over_with_what_is_under_way(lane,
     assert lane.open(new.link, NAMED, 1.0) == (1, 10, True)
     finish(lane, run)
     new.send({1: x[10:]})
-    lane.close(new.link, 1, 0.0)
+    lane.close(new.link, 1)
     drive(lane)
     alone = run_alone(lane, x)
     equal(old.rows(), alone.y[:4])
@@ -129,7 +129,7 @@ def test_the_newest_connection_takes_a_session_over_with_what_is_under_way(lane,
     equal(new.told(Closed)[0].final_states[0], alone.states[0])
     taken = [Closed(0, 4, SessionState.CLOSED, is_taken_over=True)]
     assert old.told(Closed) == (taken if is_old_alive else [])
-    assert (old.link.num_live, old.link.slots, new.link.slots.keys()) == (0, {}, {0})
+    assert (old.link.members, old.link.sessions, new.link.sessions.keys()) == (set(), {}, {0})
 
 
 def test_resent_steps_are_answered_as_before_and_applied_once(lane):
@@ -147,9 +147,9 @@ def test_resent_steps_are_answered_as_before_and_applied_once(lane):
     assert [position for position, _ in answers] == [2, 3, 4, 5, 6, 0, 7, 8]
     for position, row in answers:
         equal(row, alone[position])
-    lane.sessions.acknowledge(new.link.slots[0], 5)
+    new.link.sessions[0].acknowledge(5)
     new.send({0: x[4:]}, positions=[4])
-    lane.flush(0.0)
+    lane.flush()
     [refused] = new.told(StepsFailed)
     assert (type(refused.error), refused.position, refused.expected) == (AnswersNotKept, 4, 9)
 
@@ -158,13 +158,26 @@ def test_steps_resent_while_they_run_are_answered_once(lane):
     client = Client(lane)
     x = steps(1, 6)
     client.send({client.open(NAMED): x})
-    lane.flush(0.0)
+    lane.flush()
     run = lane.next_run(0.0)
     client.send({0: x}, positions=[0])
-    lane.flush(0.0)
+    lane.flush()
     finish(lane, run)
     drive(lane)
     equal(client.rows(), run_alone(lane, x).y)
+
+
+def test_a_kept_answer_keeps_nothing_else_of_its_run(lane):
+    client, others = Client(lane), Client(lane)
+    client.send({client.open(NAMED): steps(1, 1)})
+    others.send({others.open(): steps(seed, 1) for seed in range(5)})
+    lane.flush()
+    run = lane.next_run(0.0)
+    outputs, states = run.execute()
+    lane.complete(run, outputs, states, 0.0, 0.0)
+    [kept] = client.link.sessions[0].kept
+    assert not np.shares_memory(kept.outputs[0], outputs[0])
+    equal(kept.outputs[0], outputs[0][0])
 
 
 @pytest.mark.parametrize(("num_done", "expected"), [(1, [6]), (2, [6, 6])])
@@ -172,7 +185,7 @@ def test_a_client_that_wants_last_steps_alone_is_replayed_nothing_else(lane, num
     client = Client(lane, emit_last=True)
     x = steps(1, 7)
     client.send({client.open(NAMED): x})
-    lane.flush(0.0)
+    lane.flush()
     for _ in range(num_done):
         finish(lane, lane.next_run(0.0))
     client.send({0: x}, positions=[0])
@@ -192,7 +205,7 @@ def test_outputs_are_replayed_as_the_new_connection_wants_them(two_outputs, emit
     lane.drop(old.link, 0.0)
     new.open(NAMED)
     new.send({0: x}, positions=[0])
-    lane.flush(0.0)
+    lane.flush()
     [answer] = new.told(Answer)
     alone = run_alone(lane, x)
     last, y = answer.outputs
@@ -216,7 +229,7 @@ def test_a_whole_sequence_model_answers_when_the_session_closes(lane_of):
     drive(lane)
     assert (client.events, lane.num_queued_steps) == ([], 63)
     for handle in range(3):
-        lane.close(client.link, handle, 0.0)
+        lane.close(client.link, handle)
     drive(lane)
     for handle, x in enumerate(xs):
         equal(client.rows(handle), run_alone(lane, x).y)
@@ -239,7 +252,7 @@ def test_one_output_a_sequence(lane_of):
 def test_a_session_that_closes_without_steps_is_told_so(lane_of):
     lane = lane_of("bilstm")
     client = Client(lane)
-    lane.close(client.link, client.open(), 0.0)
+    lane.close(client.link, client.open())
     assert (client.events, lane.slab.num_allocated) == ([Closed(0, 0, SessionState.CLOSED)], 0)
 
 
@@ -254,7 +267,7 @@ def test_kept_steps_are_bounded_by_session_and_by_model(lane_of):
     drive(lane)
     assert [(e.handle, type(e.error)) for e in client.told(StepsFailed)] == [(first, Exhausted), (second, Overloaded)]
     assert lane.num_queued_steps == 12
-    lane.close(client.link, first, 0.0)
+    lane.close(client.link, first)
     assert lane.num_queued_steps == 12
     lane.drop(client.link, 0.0)
     assert lane.num_queued_steps == 0
@@ -263,7 +276,7 @@ def test_kept_steps_are_bounded_by_session_and_by_model(lane_of):
 def test_an_idle_session_of_a_whole_sequence_model_expires_with_what_it_sent(lane_of):
     lane = lane_of("bilstm", session_idle_s=5.0)
     client = Client(lane)
-    client.send({client.open(): steps(1, 6)})
+    client.send({client.open(): steps(1, 6)}, now=1.0)
     drive(lane, 1.0)
     lane.expire(5.9)
     assert lane.num_queued_steps == 6
@@ -276,9 +289,9 @@ def test_an_idle_session_of_a_whole_sequence_model_expires_with_what_it_sent(lan
 
 
 def predict(lane, client, xs, states=None):
-    lengths = np.array([len(x) for x in xs])
-    inputs = [np.concatenate(xs)]
-    lane.submit_sequences(client.link, inputs, np.cumsum(lengths) - lengths, lengths, states or [None, None], 0.0)
+    lengths = [len(x) for x in xs]
+    starts = [sum(lengths[:index]) for index in range(len(xs))]
+    lane.submit_sequences(client.link, [np.concatenate(xs)], starts, lengths, states or [None, None], 0.0)
 
 
 def test_sequences_of_a_predict_call_go_beside_live_sessions(lane):
@@ -286,7 +299,7 @@ def test_sequences_of_a_predict_call_go_beside_live_sessions(lane):
     live, whole = Client(lane), Client(lane, is_predicting=True, wants_states=True)
     live.send({live.open(): xs[0]})
     predict(lane, whole, xs)
-    lane.flush(0.0)
+    lane.flush()
     assert (lane.num_sessions, lane.num_predicting) == (1, 6)
     drive(lane)
     equal(live.rows(), run_alone(lane, xs[0]).y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ EXACTNESS = {
     "coupled": pb.EXACTNESS_COUPLED,
 }
 MAX_NAME_BYTES = 256
+_IS_LITTLE = sys.byteorder == "little"
 ENTRY_BYTES = 16
 """What an entry's columns take in a message, roughly."""
 
@@ -60,8 +62,8 @@ class TensorPlan:
         self.wire_layout = LAYOUTS[self.layout]
         self.row_bytes = int(np.prod(spec.row_shape, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
 
-    def rows(self, tensor: pb.Tensor, field: str) -> Array:
-        """Read rows [n, *row shape]. Raises InvalidInput and ShapeMismatch."""
+    def num_rows(self, tensor: pb.Tensor, field: str) -> int:
+        """Check a tensor and count its rows. Raises InvalidInput and ShapeMismatch."""
         if tensor.dtype not in (pb.DATA_TYPE_UNSPECIFIED, self.wire_dtype):
             got = pb.DataType.Name(tensor.dtype) if tensor.dtype in pb.DataType.values() else tensor.dtype
             raise InvalidInput(
@@ -69,22 +71,26 @@ class TensorPlan:
             )
         if tensor.layout not in (pb.LAYOUT_UNSPECIFIED, self.wire_layout):
             raise InvalidInput(f"{self.name} is {self.layout.value}, got another layout", field=f"{field}.layout")
-        data = tensor.data
-        if tensor.shape:
-            shape = tuple(tensor.shape)
-            if shape[1:] != self.row_shape:
-                raise ShapeMismatch(
-                    f"{self.name}: each row is {list(self.row_shape)}, got shape {list(shape)}", field=f"{field}.shape"
-                )
-        else:
-            if len(data) % self.row_bytes:
-                raise ShapeMismatch(
-                    f"{self.name}: {len(data)} bytes are no whole number of rows of {self.row_bytes} bytes "
-                    f"({self.dtype} {list(self.row_shape)})",
-                    field=f"{field}.data",
-                )
-            shape = (len(data) // self.row_bytes, *self.row_shape)
-        return decode(data, self.dtype, shape, field=f"{field}.data")
+        num, rest = divmod(len(tensor.data), self.row_bytes)
+        shape = tensor.shape
+        if shape and tuple(shape[1:]) != self.row_shape:
+            raise ShapeMismatch(
+                f"{self.name}: each row is {list(self.row_shape)}, got shape {list(shape)}", field=f"{field}.shape"
+            )
+        if rest or (shape and shape[0] != num):
+            expected = f"shape {list(shape)}" if shape else "a whole number of rows"
+            raise ShapeMismatch(
+                f"{self.name}: {len(tensor.data)} bytes are not {expected}, where a row has {self.row_bytes} bytes "
+                f"({self.dtype} {list(self.row_shape)})",
+                field=f"{field}.data",
+            )
+        if self.dtype == "bool":
+            self.rows(tensor.data, field)
+        return num
+
+    def rows(self, data: bytes, field: str = "data") -> Array:
+        """View checked bytes as rows [n, *row shape]."""
+        return decode(data, self.dtype, (len(data) // self.row_bytes, *self.row_shape), field=f"{field}.data")
 
 
 class LanePlan:
@@ -108,41 +114,44 @@ class LanePlan:
             raise InvalidInput("an output is named twice", field="outputs")
         return [self.output_names.index(name) for name in names or self.output_names]
 
-    def read(self, tensors: Sequence[pb.Tensor], field: str) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Read per-step inputs and states by name, each tensor at most once. Raises InvalidInput."""
-        inputs: dict[str, Array] = {}
+    def read(self, tensors: Sequence[pb.Tensor], field: str) -> tuple[list[bytes], int, dict[str, Array]]:
+        """Read a request's tensors, each named at most once.
+
+        Returns (bytes of the per-step inputs in the model's order, their number of rows, states by name); no bytes and
+        0 where no per-step input is given. Raises InvalidInput, ShapeMismatch and Exhausted.
+        """
+        inputs: dict[str, bytes] = {}
         states: dict[str, Array] = {}
+        num_rows = 0
         for index, tensor in enumerate(tensors):
             name = tensor.name or self.sole_input
             at = f"{field}[{index}]"
+            if name in inputs or name in states:
+                raise InvalidInput(f"{name} is given twice", field=f"{at}.name")
             if name in self.inputs:
-                into, plan = inputs, self.inputs[name]
+                num = self.inputs[name].num_rows(tensor, at)
+                if inputs and num != num_rows:
+                    raise ShapeMismatch(f"{name} has {num} rows, {next(iter(inputs))} has {num_rows}", field=at)
+                num_rows = num
+                inputs[name] = tensor.data
             elif name in self.states:
-                into, plan = states, self.states[name]
+                self.states[name].num_rows(tensor, at)
+                states[name] = self.states[name].rows(tensor.data, at)
             else:
                 takes = ", ".join([*self.inputs, *self.states])
                 raise InvalidInput(f"no input {tensor.name!r}; {self.lane.name} takes {takes}", field=f"{at}.name")
-            if name in into:
-                raise InvalidInput(f"{name} is given twice", field=f"{at}.name")
-            into[name] = plan.rows(tensor, at)
-        return inputs, states
-
-    def step_inputs(self, inputs: dict[str, Array], field: str) -> list[Array]:
-        """Per-step inputs in the model's order, all with as many rows. Raises InvalidInput."""
-        if missing := [name for name in self.inputs if name not in inputs]:
-            raise InvalidInput(f"input {missing[0]} is missing", field=field)
-        ordered = [inputs[name] for name in self.inputs]
-        for name, rows in zip(self.inputs, ordered, strict=True):
-            if len(rows) != len(ordered[0]):
-                first = next(iter(self.inputs))
-                raise ShapeMismatch(f"{first} has {len(ordered[0])} rows, {name} has {len(rows)}", field=field)
-        if len(ordered[0]) > self.lane.settings.max_steps_per_message:
+        if not inputs:
+            return [], 0, states
+        if len(inputs) < len(self.inputs):
+            missing = next(name for name in self.inputs if name not in inputs)
+            raise InvalidInput(f"input {missing} is missing", field=field)
+        if num_rows > self.lane.settings.max_steps_per_message:
             raise Exhausted(
-                f"{len(ordered[0])} steps in one message, the limit (max_steps_per_message) is "
+                f"{num_rows} steps in one message, the limit (max_steps_per_message) is "
                 f"{self.lane.settings.max_steps_per_message}; send them in several",
                 field=field,
             )
-        return ordered
+        return [inputs[name] for name in self.inputs], num_rows, states
 
 
 def lengths_of(tensors: Sequence[pb.Tensor], plan: LanePlan, num_rows: int) -> Ints:
@@ -169,7 +178,7 @@ def tensor_of(name: str, rows: Array, plan: TensorPlan, lengths: Ints | None = N
         shape=rows.shape,
         layout=plan.wire_layout,
         lengths=None if lengths is None else lengths.tolist(),
-        data=encode(rows),
+        data=rows.tobytes() if _IS_LITTLE else encode(rows),
     )
 
 

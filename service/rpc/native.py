@@ -47,9 +47,10 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         lane = self._engine.lane(request.model, request.version)
         plan = self.plan(lane)
         outputs = plan.pick_outputs(request.outputs)
-        inputs, states = plan.read(request.inputs, "inputs")
-        rows = plan.step_inputs(inputs, "inputs")
-        lengths = lengths_of(request.inputs, plan, len(rows[0]))
+        data, num_rows, states = plan.read(request.inputs, "inputs")
+        if not num_rows:
+            raise InvalidInput(f"no steps: {lane.name} takes {', '.join(plan.inputs)}", field="inputs")
+        lengths = lengths_of(request.inputs, plan, num_rows)
         for name, values in states.items():
             if len(values) != len(lengths):
                 raise ShapeMismatch(f"{name} has {len(values)} rows for {len(lengths)} sequences", field="inputs")
@@ -58,7 +59,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         prediction = await self._engine.predict(
             lane,
             Sequences(
-                inputs=rows,
+                inputs=[tensor.rows(rows) for tensor, rows in zip(plan.inputs.values(), data, strict=True)],
                 lengths=lengths,
                 states=[states.get(name) for name in plan.states],
                 outputs=outputs,

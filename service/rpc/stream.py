@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import accumulate
 from typing import Any
 
 import grpc.aio
-import numpy as np
 import numpy.typing as npt
 from google.protobuf.duration_pb2 import Duration
 
@@ -62,7 +62,6 @@ class Stream:
         terms = [
             _terms(session, lane.settings.max_replay_window, lane.settings.max_linger_s) for session in request.sessions
         ]
-        lane.attach(self._link)
         self._answers: list[Answer] = []
         self._waiting: list[pb.StreamPredictResponse] = []
         self._events = pb.StreamAnswer()
@@ -105,18 +104,13 @@ class Stream:
             opened = self._open(session)
             if not opened.HasField("status") and not opened.resumed:
                 for state, rows in states.items():
-                    lane.set_state(link.slots[opened.handle], state, rows[index])
+                    lane.slab.write(link.sessions[opened.handle].slot, state, rows[index])
             self._events.opened.append(opened)
         for handle, position in zip(handles, frame.acked_positions, strict=False):
-            if (slot := link.slots.get(handle)) is not None:
-                lane.sessions.acknowledge(slot, position)
+            if handle in link.sessions:
+                link.sessions[handle].acknowledge(position)
         if steps is not None:
-            if unknown := [handle for handle in handles if handle not in link.slots]:
-                steps = self._without(steps, set(unknown))
-            if steps is not None:
-                steps.slots = [link.slots[handle] for handle in steps.handles]
-                self._num_unchecked_steps += len(steps.inputs[0])
-                self._engine.submit(lane, steps)
+            self._submit(steps, handles)
         for handle in frame.closes:
             self._close(handle)
         self._wake()
@@ -149,7 +143,7 @@ class Stream:
         """Check all that can be checked without touching a session. Raises InvalidInput and its kin."""
         settings = self._lane.settings
         terms = [_terms(session, settings.max_replay_window, settings.max_linger_s) for session in frame.opens]
-        inputs, states = self._plan.read(frame.tensors, "tensors")
+        inputs, num_rows, states = self._plan.read(frame.tensors, "tensors")
         for name, rows in states.items():
             if len(rows) != len(terms):
                 raise ShapeMismatch(f"{name} has {len(rows)} rows for {len(terms)} opens", field="tensors")
@@ -169,15 +163,7 @@ class Stream:
             return None, by_index, terms
         if not num:
             raise InvalidInput("steps without handles: name the sessions that they are for", field="handles")
-        rows_in = self._plan.step_inputs(inputs, "tensors")
-        steps = Steps(
-            self._link,
-            handles,
-            [],
-            list(frame.positions) or None,
-            _lengths(frame, num, len(rows_in[0])),
-            rows_in,
-        )
+        steps = Steps([], list(frame.positions) or None, _lengths(frame, num, num_rows), inputs)
         if frame.HasField("timeout"):
             steps.deadline = self._engine.clock() + frame.timeout.ToNanoseconds() / 1e9
         return steps, by_index, terms
@@ -195,50 +181,64 @@ class Stream:
 
     def _close(self, handle: int) -> None:
         try:
-            self._lane.close(self._link, handle, self._engine.clock())
+            self._lane.close(self._link, handle)
         except ServiceError as error:
             self._on_event(StepsFailed(handle, 0, 0, error, 0, is_over=True))
         self._engine.wake()
 
-    def _without(self, steps: Steps, unknown: set[int]) -> Steps | None:
-        """Reject the steps of handles that are not open, and keep the others."""
-        lengths = steps.lengths or [1] * len(steps.handles)
-        keep = [index for index, handle in enumerate(steps.handles) if handle not in unknown]
-        for index, handle in enumerate(steps.handles):
-            if handle in unknown:
+    def _submit(self, steps: Steps, handles: list[int]) -> None:
+        """Hand steps to the engine; those of handles that are not open are rejected, the others go on."""
+        sessions = self._link.sessions
+        try:
+            steps.sessions = [sessions[handle] for handle in handles]
+        except KeyError:
+            self._submit_known(steps, handles)
+        else:
+            self._num_unchecked_steps += len(handles) if steps.lengths is None else sum(steps.lengths)
+            self._engine.submit(self._lane, steps)
+
+    def _submit_known(self, steps: Steps, handles: list[int]) -> None:
+        sessions = self._link.sessions
+        lengths = steps.lengths or [1] * len(handles)
+        for index, handle in enumerate(handles):
+            if handle not in sessions:
                 error = SessionNotFound(
                     f"handle {handle} is not open on this stream (closed, ended, or never opened): open a session and "
                     "send from position 0",
                     field="handles",
                 )
                 position = steps.positions[index] if steps.positions else 0
+                self._lane.tally.count_rejected(error.reason)
                 self._on_event(StepsFailed(handle, position, lengths[index], error, 0, is_over=True))
-        if not keep:
-            return None
-        starts = np.cumsum(lengths) - lengths
-        rows = np.concatenate([np.arange(starts[i], starts[i] + lengths[i]) for i in keep])
-        return Steps(
-            self._link,
-            [steps.handles[i] for i in keep],
+        known = [index for index, handle in enumerate(handles) if handle in sessions]
+        if not known:
+            return
+        starts = [0, *accumulate(lengths)]
+        inputs = []
+        for tensor, data in zip(self._plan.inputs.values(), steps.inputs, strict=True):
+            size = tensor.row_bytes
+            inputs.append(b"".join(data[starts[i] * size : starts[i + 1] * size] for i in known))
+        kept = Steps(
             [],
-            [steps.positions[i] for i in keep] if steps.positions else None,
-            [lengths[i] for i in keep],
-            [x[rows] for x in steps.inputs],
+            [steps.positions[index] for index in known] if steps.positions else None,
+            [lengths[index] for index in known],
+            inputs,
             steps.deadline,
         )
+        self._submit(kept, [handles[index] for index in known])
 
     def _reject_all(self, handles: list[int], error: ServiceError) -> None:
         """A frame that is malformed changes nothing: every session that it names is told."""
         lane = self._lane
-        lane.flush(self._engine.clock())
+        lane.flush()
         for handle in dict.fromkeys(handles or [0]):
-            slot = self._link.slots.get(handle)
-            if slot is None:
+            session = self._link.sessions.get(handle)
+            if session is None:
                 self._on_event(StepsFailed(handle, 0, 0, error, 0, is_over=True))
             else:
-                position, expected = lane.sessions.reject_sent(slot)
-                self._on_event(StepsFailed(handle, position, 1, error, expected))
-        lane.count_rejected(error)
+                position = session.reject_sent(1)
+                self._on_event(StepsFailed(handle, position, 1, error, session.expected))
+        lane.tally.count_rejected(error.reason)
         self._wake()
 
     # ---- answers ----------------------------------------------------------------------------------------------------
@@ -254,8 +254,8 @@ class Stream:
             return
         while not lane.is_whole:
             self._num_unchecked_steps = 0
-            num_steps = lane.num_unanswered(self._link)
-            is_full = self._link.num_live == 1 and num_steps > settings.max_inflight_steps // 2
+            num_steps = self._link.num_unanswered
+            is_full = len(self._link.members) == 1 and num_steps > settings.max_inflight_steps // 2
             if not is_full and num_steps * self._step_bytes + self._num_unsent_bytes <= settings.max_unsent_bytes:
                 return
             self._has_written.clear()
@@ -271,7 +271,7 @@ class Stream:
                 self._has_written.set()
                 if self._waiting or self._answers or self._has_events():
                     continue
-                if self._is_finishing and not self._link.num_live:
+                if self._is_finishing and not self._link.members:
                     return
                 self._wakeup = asyncio.get_running_loop().create_future()
                 await self._wakeup

@@ -1,0 +1,89 @@
+"""Steps of several messages, joined into columns: what is queued together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.events import NEVER, Steps
+from service.sessions import Session
+
+Array = npt.NDArray[Any]
+RowType = tuple[np.dtype[Any], tuple[int, ...]]
+"""(dtype, (-1, *row shape)) of one per-step input."""
+
+
+@dataclass(slots=True)
+class Entries:
+    """One or more steps of each of some sessions; entry i is sessions[i], lengths[i] and so on."""
+
+    sessions: list[Session]
+    lengths: list[int]
+    starts: list[int]
+    """First row of each entry in every input."""
+    positions: list[int | None] | None
+    """Of first steps; None counts on from what was sent."""
+    deadlines: list[float] | None
+    """None: no entry has one."""
+    inputs: list[Array]
+    """Per-step inputs in the model's order, each [sum(lengths), ...]."""
+
+    def skip(self, skips: dict[int, int]) -> None:
+        """Leave out leading steps of some entries, and entries of which nothing is left."""
+        left = [index for index, length in enumerate(self.lengths) if skips.get(index, 0) < length]
+        self.sessions = [self.sessions[index] for index in left]
+        self.starts = [self.starts[index] + skips.get(index, 0) for index in left]
+        self.lengths = [self.lengths[index] - skips.get(index, 0) for index in left]
+        if self.positions is not None:
+            self.positions = [self.positions[index] for index in left]
+        if self.deadlines is not None:
+            self.deadlines = [self.deadlines[index] for index in left]
+
+
+def join(messages: list[Steps], sessions: list[Session], row_types: Sequence[RowType]) -> Entries:
+    """Join messages; sessions are theirs, end to end, each once."""
+    if all(message.lengths is None for message in messages):
+        lengths, starts = [1] * len(sessions), list(range(len(sessions)))
+    else:
+        lengths = [n for message in messages for n in message.lengths or [1] * len(message.sessions)]
+        starts = [0, *accumulate(lengths)][:-1]
+    positions: list[int | None] | None = None
+    if any(message.positions is not None for message in messages):
+        positions = []
+        for message in messages:
+            positions.extend(message.positions or [None] * len(message.sessions))
+    deadlines = None
+    if any(message.deadline != NEVER for message in messages):
+        deadlines = [message.deadline for message in messages for _ in message.sessions]
+    inputs = []
+    for index, (dtype, shape) in enumerate(row_types):
+        data = messages[0].inputs[index] if len(messages) == 1 else b"".join([m.inputs[index] for m in messages])
+        inputs.append(np.frombuffer(data, dtype).reshape(shape))
+    return Entries(sessions, lengths, starts, positions, deadlines, inputs)
+
+
+class Gathered:
+    """Steps of sequences that a model needs as a whole, until all of each has come."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        """Steps of all sequences."""
+        self._parts: dict[Session, list[list[Array]]] = {}
+
+    def add(self, entries: Entries) -> None:
+        """Put more steps behind those of their sessions."""
+        for session, start, length in zip(entries.sessions, entries.starts, entries.lengths, strict=True):
+            self._parts.setdefault(session, []).append([x[start : start + length] for x in entries.inputs])
+            self.num_steps += length
+
+    def take(self, session: Session) -> list[Array]:
+        """Take all steps of a session out: each input [steps, ...]; nothing if there are none."""
+        parts = self._parts.pop(session, [])
+        inputs = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        self.num_steps -= len(inputs[0]) if inputs else 0
+        return inputs

@@ -1,0 +1,154 @@
+"""One run of a model: what a batch of rows puts in, and what each row gets out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.spec import GraphSpec, Layout, StepMode
+from service.backend import Backend
+from service.events import Answer, Link
+from service.scheduler import Batch
+from service.sessions import Kept, Session
+from service.slots import Slots, StateSlab
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of the backend, ready to execute on any thread."""
+
+    backend: Backend
+    batch: Batch
+    slots: Slots
+    inputs: dict[str, Array]
+    lengths: Array
+    states: list[Array]
+
+    def execute(self) -> tuple[list[Array], list[Array]]:
+        """Compute (outputs, next states). Raises RunFailed."""
+        return self.backend.run(self.inputs, self.lengths, self.states)
+
+
+class RunMaker:
+    """Makes the runs of one model version, and the answers from their outputs."""
+
+    def __init__(self, backend: Backend, slab: StateSlab, max_rows: int) -> None:
+        graph: GraphSpec = backend.graph
+        self._backend = backend
+        self._slab = slab
+        self._names = [t.name for t in graph.inputs if t.layout is Layout.PER_STEP]
+        self._is_per_step = [t.layout is Layout.PER_STEP for t in graph.outputs]
+        self._is_whole = backend.spec.step_mode[0] is StepMode.BUFFERED
+        self._ones = np.ones(max_rows, dtype=np.int32)
+
+    def make(self, batch: Batch) -> Run:
+        """Gather states and rows. A batch's payloads are lists of arrays: each per-step input [rows, ...]."""
+        num_rows = len(batch.slots)
+        slots = np.array(batch.slots, dtype=np.int64)
+        lengths = self._ones[:num_rows] if batch.steps == 1 else np.array(batch.counts, dtype=np.int32)
+        payloads = batch.payloads
+        is_one = len(set(map(id, payloads))) == 1  # payloads are lists of arrays, which == can't compare
+        segments = [(payloads[0], slice(0, num_rows))] if is_one else _segments(payloads)
+        inputs = {}
+        for index, name in enumerate(self._names):
+            parts = [self._rows(payload[index], batch, at) for payload, at in segments]
+            inputs[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return Run(self._backend, batch, slots, inputs, lengths, self._slab.gather(slots))
+
+    @staticmethod
+    def _rows(x: Array, batch: Batch, at: slice) -> Array:
+        """Rows of one payload as [rows, steps, ...]; past an entry's end its last step is repeated, as padding."""
+        starts, num_rows = batch.starts[at], at.stop - at.start
+        if batch.steps == 1:
+            if len(x) == num_rows and starts[0] == 0 and starts == list(range(num_rows)):
+                return x[:, None]
+            return x.take(starts, axis=0)[:, None]
+        step = np.minimum(np.arange(batch.steps), np.array(batch.counts[at])[:, None] - 1)
+        rows: Array = x.take(np.array(starts)[:, None] + step, axis=0)
+        return rows
+
+    def answer(
+        self,
+        link: Link,
+        batch: Batch,
+        outputs: Sequence[Array],
+        rows: list[int],
+        positions: Sequence[int],
+        by_slot: Mapping[int, Session],
+    ) -> Answer | None:
+        """Put a link's rows of a run into one answer; None if the link wants none of them.
+
+        rows       indices of the link's rows in the batch
+        positions  [batch] of each row's first step
+        by_slot    sessions of the rows
+        """
+        if link.emit_last or self._is_whole:
+            rows = [row for row in rows if batch.is_last[row]]
+            if not rows:
+                return None
+        slots, counts = batch.slots, batch.counts
+        if link.emit_last:
+            first = [positions[row] + counts[row] - 1 for row in rows]
+            lengths = [1] * len(rows)
+        else:
+            first = [positions[row] for row in rows]
+            lengths = [counts[row] for row in rows]
+        handles = [by_slot[slots[row]].handle for row in rows]
+        return Answer(handles, first, lengths, self._cut(batch, outputs, rows, link.outputs, emit_last=link.emit_last))
+
+    def keep(
+        self,
+        batch: Batch,
+        outputs: Sequence[Array],
+        rows: list[int],
+        positions: Sequence[int],
+        by_slot: Mapping[int, Session],
+    ) -> None:
+        """Keep answers of sessions with a replay window: every output and step, whatever their link asks for."""
+        for row in rows:
+            session = by_slot[batch.slots[row]]
+            if session.kept is not None:
+                count = batch.counts[row]
+                kept = self._cut(batch, outputs, [row], range(len(outputs)), emit_last=False)
+                # A per-sequence output is one row a run: it stands for each of the run's steps. They are copied, for a
+                # view would keep the whole run's outputs alive.
+                kept = [np.broadcast_to(y, (count, *y.shape[1:])).copy() for y in kept]
+                session.keep(Kept(positions[row], count, kept))
+
+    def _cut(
+        self, batch: Batch, outputs: Sequence[Array], rows: list[int], wanted: Sequence[int], *, emit_last: bool
+    ) -> list[Array]:
+        """Cut the rows of some sequences out of the wanted outputs of a run: per-step ones packed."""
+        is_all = len(rows) == len(batch.slots)  # rows are in order, each once
+        picked = []
+        for index in wanted:
+            y = outputs[index]
+            if self._is_per_step[index]:
+                if batch.steps == 1:
+                    y = y[:, 0]
+                elif emit_last:
+                    picked.append(y[rows, np.array(batch.counts)[rows] - 1])
+                    continue
+                else:
+                    is_real = np.arange(batch.steps) < np.array(batch.counts)[rows, None]
+                    picked.append((y if is_all else y[rows])[is_real])
+                    continue
+            picked.append(y if is_all else y[rows[0] : rows[0] + 1] if len(rows) == 1 else y[rows])
+        return picked
+
+
+def _segments(payloads: list[Any]) -> list[tuple[Any, slice]]:
+    """Group neighbouring rows that share a payload: [(payload, rows)]."""
+    segments = []
+    start = 0
+    for row in range(1, len(payloads) + 1):
+        if row == len(payloads) or payloads[row] is not payloads[start]:
+            segments.append((payloads[start], slice(start, row)))
+            start = row
+    return segments
