@@ -166,7 +166,8 @@ class AsyncStream:
     def run(self, steps: StepSource) -> AsyncRun[Array]:
         """Send steps as they come, and yield the first output of each, in order.
 
-        steps  an array [time, *row_shape], or an iterable of steps, async or plain; up to 512 are under way at a time
+        steps  an array [time, *row_shape], or an iterable of steps, async, or plain if it never waits; up to 512 are
+               under way at a time
         A buffered model is sent everything and then closed; its outputs come after the end. Raises as `step` does; what
         was under way when the loop is left is dropped.
         """

@@ -13,8 +13,8 @@ from service.client.errors import InvalidArgument
 DEFAULT_TARGET = "localhost:8001"
 DEFAULT_PORT = 8001
 KEEPALIVE_S = 310.0
-"""A gRPC server hangs up on clients that ask more often than every 5 minutes, unless it was told otherwise. A connection
-that leaves what was sent unacknowledged for 10 s is given up all the same."""
+"""A gRPC server hangs up on clients that ask more often than every 5 minutes, unless it was told otherwise. A
+connection that leaves what was sent unacknowledged for 10 s is given up all the same."""
 SERVICE = "rnnserve.v1.SequenceService"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 

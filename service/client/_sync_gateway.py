@@ -23,7 +23,8 @@ class Gateway:
     """Many live sessions, opened by `with client.gateway(...) as gateway`.
 
     Several threads may send, and one receives. Errors of sessions come in-band, as objects. Leaving the block ends the
-    sessions, or detaches those that linger; an exception breaks the call.
+    sessions, or detaches those that linger; an exception breaks the call. A gateway whose connection breaks does not
+    come back by itself: open another one, and its sessions again by name.
     """
 
     def __init__(self, dial: Callable[[], Call], find_model: Callable[[int], ModelInfo], terms: SequenceTerms) -> None:
@@ -102,6 +103,9 @@ class Gateway:
         self, steps: Mapping[int, _codec.Steps], *, close: Iterable[int] = (), timeout: float | None = None
     ) -> None:
         """Send steps of some sessions in one frame; waits while the server does not keep up.
+
+        A server stops to take steps from a client that leaves its answers unread: `receive` in another thread, or in
+        between.
 
         steps    by handle: one step [*row_shape], or several [time, *row_shape]
         close    handles to close once their steps are answered

@@ -25,6 +25,8 @@ def address(tmp_path_factory):
     build("lstm").save(root, "flow")
     build("gru", labels=LABELS).save(root, "noise")
     build("gru", bidirectional=True, many_to_one=True).save(root, "whole")
+    (root / "torn" / "1").mkdir(parents=True)
+    (root / "torn" / "1" / "model.onnx").write_bytes(b"torn")
     with serving(root) as running:
         yield running.address
 
@@ -71,7 +73,8 @@ def test_models_are_listed_and_told(run):
     lines = out.splitlines()
     assert code == 0
     assert lines[0].split() == ["MODEL", "VERSION", "CELL", "TOPOLOGY", "STEPS", "INPUT", "OUTPUT", "BATCHING"]
-    assert [line.split()[0] for line in lines[1:]] == ["flow", "noise", "whole"]
+    assert [line.split()[0] for line in lines[1:4]] == ["flow", "noise", "whole"]
+    assert lines[4].startswith("broken: torn 1: ")
     code, out, _ = run("models", "noise")
     assert code == 0
     assert "labels      quiet, loud" in out

@@ -1,5 +1,7 @@
 """Client over a real channel to the real server."""
 
+import asyncio
+import itertools
 import math
 import socket
 import threading
@@ -377,6 +379,22 @@ def test_a_session_that_lingers_is_taken_up_by_name(client, sequences):
             assert caught.value.reason == "TAKEN_OVER"
     with pytest.raises(NotFound, match="not live"), client.stream("lstm", session_id="by-name", resume_only=True):
         pass
+
+
+def test_a_server_that_stops_says_so(repository, sequences):
+    x = sequences[0]
+    with serving(repository, drain_s=20) as stopping, Client(stopping.address) as client:
+        with client.stream("lstm") as stream, client.gateway("lstm") as gateway:
+            assert stream.drain_s is None
+            stopping_done = asyncio.run_coroutine_threadsafe(stopping.server.stop(), stopping.loop)
+            [drain] = itertools.islice((e.drain_s for e in gateway.receive() if e.drain_s is not None), 1)
+            assert drain == 20
+            for row in x:
+                stream.step(row)
+            assert stream.drain_s == 20
+            with pytest.raises(Unavailable), client.stream("lstm"):
+                pass
+        stopping_done.result(timeout=20)
 
 
 # ---- gateways --------------------------------------------------------------------------------------------------------
