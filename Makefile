@@ -1,6 +1,7 @@
 # All that a developer does, on a machine with only Python 3.11 (or newer) and make. Every target first installs what it
 # needs: into .venv, and for the protos into .venv-protoc, whose protoc wants an older protobuf. pip's environment
-# variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where from.
+# variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where from. BUILD_FLAGS are more arguments for the build of
+# the image by `make containers`.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 RUN := build/runs/vowels

@@ -28,7 +28,6 @@ from service.client import Client
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = "rnnserve-check"
 IMAGE = "rnnserve"
-BASE_IMAGE = "docker.io/library/python:3.11-slim-bookworm"
 METRIC = "rnnserve_steps_total"
 
 
@@ -155,9 +154,11 @@ def wait_for_prometheus(port: int, limit_s: float = 60) -> str:
     sys.exit(f"Prometheus has no {METRIC} after {limit_s:.0f} s: up is {up}, {METRIC} is {steps}")
 
 
-def size_mb(engine: Engine, image: str) -> float:
-    """Size of an image, unpacked, in MB (10^6 bytes)."""
-    return int(engine.ask("image", "inspect", "--format", "{{.Size}}", image)) / 1e6
+def measure(engine: Engine, server: str) -> str:
+    """Size of the image, unpacked, and how much of it we added to Python's, in MB (10^6 bytes)."""
+    image = int(engine.ask("image", "inspect", "--format", "{{.Size}}", IMAGE)) / 1e6
+    ours, _ = engine.ask("exec", server, "du", "--summarize", "--block-size=1MB", "/opt/rnnserve").split()
+    return f"{image:.0f} MB, {ours} of it rnnserve and what it needs"
 
 
 def main(repository: Path) -> None:
@@ -178,13 +179,13 @@ def main(repository: Path) -> None:
         print(f"stream      {stream_through(f'127.0.0.1:{grpc}')}", flush=True)
         server = container_of(engine, "server")
         print(f"container   {look_inside(engine, server)}", flush=True)
+        print(f"image       {measure(engine, server)}", flush=True)
         print(f"prometheus  {wait_for_prometheus(prometheus)}", flush=True)
         engine.run("stop", server)
         status = engine.ask("inspect", "--format", "{{.State.ExitCode}}", server).strip()
         if status != "0":
             sys.exit(f"the server ended with status {status} after SIGTERM")
         print("stop        drained and ended with status 0", flush=True)
-    print(f"image       {size_mb(engine, IMAGE):.0f} MB, {size_mb(engine, BASE_IMAGE):.0f} of it {BASE_IMAGE}")
 
 
 if __name__ == "__main__":
