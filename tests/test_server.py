@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import json
 import os
 import signal
 import socket
@@ -14,8 +17,10 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 import grpc
+import numpy as np
 import pytest
 import trustme
+from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,7 +30,7 @@ from service.errors import ConfigError
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from tests.onnx_models import build
-from tests.rpc import Received, Requests, code_of, frame, open_stream, predict, sequences
+from tests.rpc import Received, Requests, code_of, frame, open_stream, predict, run_alone, sequences
 from tests.serving import Served, serving
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -89,6 +94,20 @@ def test_reflection_tells_enough_to_call_without_our_proto(served: Served, repos
             response_deserializer=response.FromString,
         )
         assert call(request(model="lstm")).model.cell == "lstm"
+        # As grpcurl does: JSON in, with the bytes in base64, JSON out.
+        (x,) = sequences(45, 1, 5, 5)
+        method = pool.FindServiceByName(SERVICE).methods_by_name["Predict"]
+        request, response = (GetMessageClass(t) for t in (method.input_type, method.output_type))
+        call = channel.unary_unary(
+            f"/{SERVICE}/Predict",
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        data = base64.b64encode(x.tobytes()).decode()
+        text = json.dumps({"model": "lstm", "emit": "EMIT_LAST", "inputs": [{"data": data}]})
+        answer = json_format.MessageToDict(call(json_format.Parse(text, request(), descriptor_pool=pool)))
+        y = np.frombuffer(base64.b64decode(answer["outputs"][0]["data"]), np.float32)
+        np.testing.assert_array_equal(y, run_alone(repository, "lstm", x)[-1])
 
 
 def test_metrics_count_what_was_done(repository: Path) -> None:
@@ -151,8 +170,6 @@ def test_drain_tells_streams_and_refuses_what_is_new(repository: Path) -> None:
             received.take(next(responses))
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING
-        import asyncio
-
         stopping = asyncio.run_coroutine_threadsafe(served.server.stop(), served.loop)
         assert next(watch).status == NOT_SERVING
         while not received.drains:
