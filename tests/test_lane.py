@@ -280,6 +280,7 @@ def test_an_idle_session_expires_but_not_one_whose_steps_are_under_way(lane_of):
     finish(lane, run, 6.0)
     drive(lane, 6.0)
     lane.expire(10.9)
+    assert lane.num_sessions == 2
     assert [client.rows(handle).shape for handle in (waiting, sending)] == [(2, 2), (2, 2)]
     lane.expire(11.0)
     assert (lane.slab.num_allocated, client.link.members) == (0, set())
