@@ -79,6 +79,33 @@ def test_sessions_that_come_and_go_get_the_numbers_that_they_get_alone(lane_of, 
     assert (max(lane.tally.run_rows) == 1) == (model == "coupled")
 
 
+def test_rows_find_their_steps_though_the_sessions_of_a_message_run_in_another_order(lane):
+    client = Client(lane)
+    x, y = steps(1, 2), steps(2, 1)
+    client.send({client.open(): x[:1]})
+    lane.flush()
+    run = lane.next_run(0.0)
+    client.send({0: x[1:], client.open(): y})
+    lane.flush()
+    finish(lane, run)
+    drive(lane)
+    assert lane.tally.run_rows == {1: 1, 2: 1}
+    equal(client.rows(0), run_alone(lane, x).y)
+    equal(client.rows(1), run_alone(lane, y).y)
+
+
+def test_a_client_that_wants_last_steps_alone_gets_those_of_each_entry(lane):
+    client = Client(lane, emit_last=True)
+    xs = {client.open(): steps(seed, count) for seed, count in ((1, 13), (2, 16), (3, 20))}
+    client.send(xs)
+    drive(lane)
+    assert lane.tally.run_rows == {4: 1, 1: 1}  # the last goes on for four steps
+    for handle, x in xs.items():
+        [(position, row)] = client.answers(handle)
+        assert position == len(x) - 1
+        equal(row, run_alone(lane, x).y[-1])
+
+
 def test_a_bad_value_rejects_its_entry_alone_and_what_follows_it(lane):
     client = Client(lane)
     good, bad = client.open(), client.open()
@@ -203,6 +230,18 @@ def test_steps_past_their_deadline_are_rejected_with_those_behind_them(lane):
     client.send({late: x}, positions=[0], deadline=9.0)
     drive(lane, now=2.0)
     equal(client.rows(late), run_alone(lane, x).y)
+
+
+def test_positions_of_one_message_do_not_number_the_steps_of_another(lane):
+    client, other = Client(lane), Client(lane)
+    x = steps(1, 2)
+    client.send({client.open(): x}, positions=[3])
+    drive(lane)
+    client.send({0: x})
+    other.send({other.open(): x}, positions=[0])
+    drive(lane)
+    assert [failed.position for failed in client.told(StepsFailed)] == [3, 5]
+    equal(other.rows(), run_alone(lane, x).y)
 
 
 def test_a_deadline_stays_with_its_entry_though_others_are_refused(lane):

@@ -132,6 +132,19 @@ def test_the_newest_connection_takes_a_session_over_with_what_is_under_way(lane,
     assert (old.link.members, old.link.sessions, new.link.sessions.keys()) == (set(), {}, {0})
 
 
+def test_a_session_that_is_taken_over_before_it_lingers_stays_with_the_new_connection(lane):
+    old, new = Client(lane), Client(lane)
+    x = steps(1, 6)
+    old.send({old.open(NAMED): x})
+    lane.finish(old.link, 0.0)
+    new.open(NAMED)
+    drive(lane)
+    equal(new.rows(), run_alone(lane, x).y)
+    assert (new.told(Closed), list(new.link.sessions)) == ([], [0])
+    lane.expire(99.0)
+    assert lane.num_sessions == 1
+
+
 def test_resent_steps_are_answered_as_before_and_applied_once(lane):
     old, new = Client(lane), Client(lane)
     x = steps(1, 9)
