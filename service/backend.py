@@ -15,12 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from models.spec import LENGTHS, METADATA_KEY, GraphSpec, Layout, Spec, SpecError, StepMode, TensorSpec, parse_spec
+from service.errors import ConfigError, ModelBroken, RunFailed
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about GPUs that can't be listed: the providers are checked below
     import onnxruntime as ort
-
-from models.spec import LENGTHS, METADATA_KEY, GraphSpec, Layout, Spec, SpecError, StepMode, TensorSpec, parse_spec
-from service.errors import ConfigError, ModelBroken, RunFailed
 
 Array = npt.NDArray[Any]
 Verdict = Literal["exact", "rounding", "coupled"]
@@ -74,7 +74,8 @@ class Backend:
 
         Raises ModelBroken, with what is wrong, and ConfigError for an absent provider.
         """
-        check_provider(provider)
+        if check_provider(provider) == PROVIDERS["cuda"][0]:
+            ort.preload_dlls()  # the CUDA libraries that pip installed, which the loader does not look for by itself
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

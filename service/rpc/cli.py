@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,7 @@ def serve(config: Path | None, **flags: str | None) -> None:
     """
     # Read by gRPC's core when it is imported: its event-engine listener costs more than the older one here.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-    try:
-        import onnxruntime  # noqa: F401
-    except ModuleNotFoundError:
+    if find_spec("onnxruntime") is None:
         _end("serving needs onnxruntime: pip install 'rnnserve[cpu]', or 'rnnserve[gpu]' on a machine with CUDA", 2)
 
     import logging
