@@ -187,7 +187,7 @@ def test_only_a_session_that_lingers_is_detached_and_only_once_is_it_over():
     assert table.expired(15.0, 0.0) == [(lingering, 15.0, 5.0)]
     table.resume(lingering, 2, 7, Terms(session_id="a", linger_s=1.0), 14.0)
     assert (lingering.link, lingering.handle) == (2, 7)
-    assert table.expired(99.0, 0.0) == []
+    assert (table.expired(99.0, 0.0), len(table.expired(99.0, 5.0))) == ([], 3)
     table.drain(lingering)
     assert table.detach(lingering, 20.0) is False
 
