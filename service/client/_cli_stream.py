@@ -70,7 +70,8 @@ def stream(
             info = sequence.model
             first = info.outputs[0].name
             renderer = Renderer(info, first)
-            begin = position = sequence.position
+            begin = sequence.position
+            position = 0 if sequence.step_mode == "buffered" else begin
             outputs = sequence.run_outputs(_paced(read_steps(file, info), rate))
             for each in outputs:
                 if info.outputs[0].layout != "per_step" and sequence.step_mode == "buffered":

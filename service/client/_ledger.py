@@ -118,7 +118,8 @@ class Ledger:
     @property
     def acknowledged(self) -> int:
         """Position before which every output is here."""
-        return next((span.expects for span in self._spans if span.error is None), self.position)
+        owed = (span.expects for span in self._spans if span.error is None and span.stale_for is None)
+        return next(owed, self.position)
 
     # ---- what goes out ----------------------------------------------------------------------------------------------
 
@@ -134,6 +135,12 @@ class Ledger:
         span.error = _aborted(span, self.position)
         send.num_open += 1
         self._spans.append(span)
+
+    def adopt(self, num_steps: int) -> None:
+        """Expect answers to steps that another stream sent: their outcome comes first."""
+        send = self.begin()
+        send.is_complete = True
+        self.add(send, num_steps, [])
 
     def add(self, send: Send, length: int, inputs: list[pb.Tensor]) -> Span:
         """Add a span at the next position."""

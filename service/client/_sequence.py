@@ -336,6 +336,8 @@ class SequenceMachine:
         if not self._was_open:
             self._was_open = True
             self.is_resumed = opened.resumed
+            if self.is_buffered and opened.position:
+                self.ledger.adopt(opened.position)
             self.ledger.position = opened.position
         is_last = self.terms.emit == "last"
         resends = self.ledger.resends(opened.position, is_partial=self.is_buffered, is_last=is_last)

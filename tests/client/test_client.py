@@ -328,9 +328,25 @@ def test_a_buffered_model_by_hand(client, sequences):
         stream.close()
         rows = [*stream.receive(), *stream.receive()]
     assert_rows(rows, client.predict("bilstm", [x])[0])
+    with client.stream("bigru") as stream:
+        stream.send(x[:2])
+        stream.send(x[2:])
+        stream.close()
+        np.testing.assert_array_equal(stream.receive(), client.predict("bigru", [x])[0])
+        with pytest.raises(FailedPrecondition, match="no answer is due"):
+            stream.receive()
     with pytest.raises(FailedPrecondition) as caught, client.stream("bilstm", step_mode="stepping"):
         pass
     assert caught.value.reason == "NOT_STEPPABLE"
+
+
+def test_a_buffered_sequence_is_finished_by_another_stream(client, sequences):
+    x = sequences[2]
+    with client.stream("bilstm", session_id="halves", linger=30) as stream:
+        stream.send(x[:30])
+    with client.stream("bilstm", session_id="halves", resume_only=True) as stream:
+        assert stream.position == 30
+        assert_rows(stream.run(x[30:]), client.predict("bilstm", [x])[0])
 
 
 def test_a_buffered_model_keeps_only_so_much(narrow, sequences):

@@ -119,7 +119,7 @@ class Network(RuleBasedStateMachine):
 
 
 TestNetwork = Network.TestCase
-TestNetwork.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestNetwork.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
 
 
 def opened(machine, position=0, *, resumed=False, step_mode=pb.STEP_MODE_STEPPING, inflight=8):
@@ -193,6 +193,70 @@ def test_what_is_sent_before_the_caller_knows_of_a_rejection_is_not_applied_in_i
     assert caught.value.code == "ABORTED"
     [request] = send(machine, 8)
     assert list(request.frame.positions) == [0]
+
+
+def test_a_rejection_of_what_came_behind_another_keeps_its_place():
+    machine = opened(SequenceMachine(SUM, SequenceTerms()))
+    send(machine, math.nan)
+    send(machine, 1)
+    machine.receive(rejection(0, 1, expected=0))
+    with pytest.raises(StepRejected):
+        machine.take()
+    send(machine, math.nan)
+    machine.receive(rejection(1, 1, expected=0, code=10))
+    machine.receive(rejection(0, 1, expected=0))
+    with pytest.raises(StepRejected):
+        machine.take()
+    assert send(machine, 7) == []  # the second rejection is not seen yet
+    with pytest.raises(StepRejected) as caught:
+        machine.take()
+    assert caught.value.code == "INVALID_ARGUMENT"
+
+
+def test_what_was_rejected_is_not_sent_again_when_the_connection_is_lost():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1, replay_window=8)))
+    send(machine, 1, 2)
+    send(machine, math.nan)
+    send(machine, 3)
+    machine.receive(rejection(2, 1, expected=2))
+    assert machine.end(LOST)
+    machine.open_requests()
+    session = pb.SessionOpened(position=2, resumed=True)
+    requests = machine.receive(pb.StreamPredictResponse(opened=pb.StreamOpened(sessions=[session])))
+    assert [list(request.frame.positions) for request in requests] == [[0]]
+    machine.receive(answer(0, 1, 3))
+    assert machine.take()["y"].tolist() == [[1], [3]]
+    for code in ("INVALID_ARGUMENT", "ABORTED"):
+        with pytest.raises(StepRejected) as caught:
+            machine.take()
+        assert (caught.value.code, caught.value.expected_position) == (code, 2)
+
+
+def test_steps_aborted_by_a_lost_connection_name_the_position_of_their_time():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1, replay_window=8)))
+    send(machine, math.nan)
+    send(machine, 1)
+    machine.receive(rejection(0, 1, expected=0))
+    with pytest.raises(StepRejected):
+        machine.take()
+    send(machine, 2)
+    assert machine.end(LOST)
+    with pytest.raises(StepRejected) as caught:
+        machine.take()
+    assert (caught.value.code, caught.value.position, caught.value.expected_position) == ("ABORTED", 1, 0)
+
+
+def test_under_last_only_steps_that_were_not_applied_are_sent_again():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(emit="last", session_id="s", linger_s=1, replay_window=8)))
+    send(machine, 1, 2, 3)
+    assert machine.end(LOST)
+    machine.open_requests()
+    session = pb.SessionOpened(position=2, resumed=True)
+    [request] = machine.receive(pb.StreamPredictResponse(opened=pb.StreamOpened(sessions=[session])))
+    assert list(request.frame.positions) == [2]
+    assert np.frombuffer(request.frame.tensors[0].data, "<f4").tolist() == [3]
+    machine.receive(answer(2, 6))
+    assert machine.take()["y"].tolist() == [6]
 
 
 def test_a_chunk_that_is_rejected_midway_gives_its_first_outputs():

@@ -46,6 +46,8 @@ class ToySession:
         self.applied: list[float] = []
         self.is_live = False
         self.rejected_at: int | None = None
+        self.window = 0
+        self.kept_from = 0
 
     def connect(self, opening: pb.StreamOpen) -> pb.StreamPredictResponse:
         [terms] = opening.sessions
@@ -57,6 +59,7 @@ class ToySession:
             session.resumed = self.is_live
             session.position = len(self.applied)
             self.is_live = True
+            self.window = terms.replay_window
         opened = pb.StreamOpened(
             model="sum",
             version=1,
@@ -72,6 +75,10 @@ class ToySession:
         [position] = frame.positions
         xs = np.frombuffer(frame.tensors[0].data, dtype="<f4").tolist()
         expected = len(self.applied)
+        for acknowledged in frame.acked_positions:
+            self.kept_from = max(self.kept_from, acknowledged)
+        if position < min(expected, self.kept_from):
+            return [self._error(position, len(xs), 9, f"answers are kept from {self.kept_from}")]
         if position > expected:
             code, text = (10, "aborted") if self.rejected_at == expected else (9, f"a gap: send from {expected}")
             return [self._error(position, len(xs), code, text)]
@@ -80,6 +87,7 @@ class ToySession:
             self.rejected_at = expected
             return [self._error(position, len(xs), 3, "NaN")]
         self.applied += fresh
+        self.kept_from = max(self.kept_from, len(self.applied) - self.window)
         end = position + len(xs)
         if self.emit == "last":
             return [self._answer(end - 1, end)]
