@@ -259,6 +259,40 @@ def test_under_last_only_steps_that_were_not_applied_are_sent_again():
     assert machine.take()["y"].tolist() == [6]
 
 
+def test_what_has_come_is_neither_sent_again_nor_forgotten_too_early():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1, replay_window=8)))
+    send(machine, 1, 2, 3)
+    machine.receive(answer(0, 1))
+    assert machine.end(LOST)
+    machine.open_requests()
+    session = pb.SessionOpened(position=3, resumed=True)
+    [request] = machine.receive(pb.StreamPredictResponse(opened=pb.StreamOpened(sessions=[session])))
+    assert (list(request.frame.positions), list(request.frame.acked_positions)) == ([1], [1])
+    assert np.frombuffer(request.frame.tensors[0].data, "<f4").tolist() == [2, 3]
+
+
+def test_steps_that_will_be_aborted_acknowledge_nothing():
+    machine = opened(SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1, replay_window=8)))
+    send(machine, math.nan)
+    send(machine, 1, 2)
+    machine.receive(rejection(0, 1, expected=0))
+    with pytest.raises(StepRejected):
+        machine.take()
+    [request] = send(machine, 3)
+    assert (list(request.frame.positions), list(request.frame.acked_positions)) == ([0], [0])
+
+
+def test_a_buffered_sequence_that_is_left_to_linger_is_owed_nothing():
+    machine = SequenceMachine(SUM, SequenceTerms(session_id="s", linger_s=1))
+    opened(machine, step_mode=pb.STEP_MODE_BUFFERED)
+    send(machine, 1)
+    machine.detach()
+    assert machine.is_ending
+    assert not machine.end(LOST)
+    assert machine.state is State.OVER
+    assert not machine.is_ready
+
+
 def test_a_chunk_that_is_rejected_midway_gives_its_first_outputs():
     machine = opened(SequenceMachine(SUM, SequenceTerms()))
     send(machine, 1, 2, 3)
