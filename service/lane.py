@@ -346,6 +346,7 @@ class Lane:
                 rows_of[link] = [row]
             if session.state is DRAINING:
                 ending.append(session)
+        outputs = self._runs.flatten(batch, outputs)
         if self.sessions.num_replaying:
             for rows in rows_of.values():
                 self._runs.keep(batch, outputs, rows, positions, by_slot)

@@ -121,26 +121,30 @@ class RunMaker:
                 kept = [np.broadcast_to(y, (count, *y.shape[1:])).copy() for y in kept]
                 session.keep(Kept(positions[row], count, kept))
 
+    def flatten(self, batch: Batch, outputs: Sequence[Array]) -> list[Array]:
+        """Take the axis of time out of per-step outputs of a run of one step: [rows, ...]."""
+        if batch.steps > 1:
+            return list(outputs)
+        return [y[:, 0] if is_per_step else y for y, is_per_step in zip(outputs, self._is_per_step, strict=True)]
+
     def _cut(
         self, batch: Batch, outputs: Sequence[Array], rows: list[int], wanted: Sequence[int], *, emit_last: bool
     ) -> list[Array]:
-        """Cut the rows of some sequences out of the wanted outputs of a run: per-step ones packed."""
-        is_all = len(rows) == len(batch.slots)  # rows are in order, each once
-        picked = []
-        for index in wanted:
-            y = outputs[index]
-            if self._is_per_step[index]:
-                if batch.steps == 1:
-                    y = y[:, 0]
-                elif emit_last:
-                    picked.append(y[rows, np.array(batch.counts)[rows] - 1])
-                    continue
-                else:
-                    is_real = np.arange(batch.steps) < np.array(batch.counts)[rows, None]
-                    picked.append((y if is_all else y[rows])[is_real])
-                    continue
-            picked.append(y if is_all else y[rows[0] : rows[0] + 1] if len(rows) == 1 else y[rows])
-        return picked
+        """Cut the rows of some sequences out of the wanted flattened outputs of a run: per-step ones packed."""
+        if len(rows) == len(batch.slots):  # rows are in order, each once
+            picked = [outputs[index] for index in wanted]
+        elif len(rows) == 1:
+            picked = [outputs[index][rows[0] : rows[0] + 1] for index in wanted]
+        else:
+            picked = [outputs[index][rows] for index in wanted]
+        if batch.steps == 1:
+            return picked
+        counts = np.array(batch.counts)[rows]
+        if emit_last:
+            at = np.arange(len(rows)), counts - 1
+            return [y[at] if self._is_per_step[index] else y for y, index in zip(picked, wanted, strict=True)]
+        is_real = np.arange(batch.steps) < counts[:, None]
+        return [y[is_real] if self._is_per_step[index] else y for y, index in zip(picked, wanted, strict=True)]
 
 
 def _segments(payloads: list[Any]) -> list[tuple[Any, slice]]:

@@ -120,6 +120,10 @@ class LanePlan:
         Returns (bytes of the per-step inputs in the model's order, their number of rows, states by name); no bytes and
         0 where no per-step input is given. Raises InvalidInput, ShapeMismatch and Exhausted.
         """
+        if len(tensors) == 1 and self.sole_input is not None and tensors[0].name in ("", self.sole_input):
+            num_rows = self.inputs[self.sole_input].num_rows(tensors[0], f"{field}[0]")
+            self._check_limit(num_rows, field)
+            return [tensors[0].data], num_rows, {}
         inputs: dict[str, bytes] = {}
         states: dict[str, Array] = {}
         num_rows = 0
@@ -145,13 +149,16 @@ class LanePlan:
         if len(inputs) < len(self.inputs):
             missing = next(name for name in self.inputs if name not in inputs)
             raise InvalidInput(f"input {missing} is missing", field=field)
-        if num_rows > self.lane.settings.max_steps_per_message:
+        self._check_limit(num_rows, field)
+        return [inputs[name] for name in self.inputs], num_rows, states
+
+    def _check_limit(self, num_rows: int, field: str) -> None:
+        limit = self.lane.settings.max_steps_per_message
+        if num_rows > limit:
             raise Exhausted(
-                f"{num_rows} steps in one message, the limit (max_steps_per_message) is "
-                f"{self.lane.settings.max_steps_per_message}; send them in several",
+                f"{num_rows} steps in one message, the limit (max_steps_per_message) is {limit}; send them in several",
                 field=field,
             )
-        return [inputs[name] for name in self.inputs], num_rows, states
 
 
 def lengths_of(tensors: Sequence[pb.Tensor], plan: LanePlan, num_rows: int) -> Ints:

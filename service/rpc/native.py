@@ -109,9 +109,10 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             if request.WhichOneof("message") != "frame":
                 raise InvalidInput("a stream is opened once; every later message is a `frame`", field="open")
             stream.take(request.frame)
-            await stream.has_room()
-            if writer.done():
-                return
+            if stream.wants_room:
+                await stream.has_room()
+                if writer.done():
+                    return
         stream.finish()
 
     def plan(self, lane: Lane) -> LanePlan:

@@ -15,20 +15,19 @@ import grpc.aio
 import numpy.typing as npt
 from google.protobuf.duration_pb2 import Duration
 
-from models.spec import StepMode
 from service.engine import Engine
-from service.errors import InvalidInput, NotSteppable, ServiceError, SessionNotFound, ShapeMismatch
+from service.errors import InvalidInput, ServiceError, SessionNotFound, ShapeMismatch
 from service.events import Answer, Event, Link, Steps, StepsFailed
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc.codec import (
     ENTRY_BYTES,
-    MAX_NAME_BYTES,
     STEP_MODES,
     LanePlan,
     answer_size,
     split_answer,
     write_answers,
 )
+from service.rpc.requests import check_step_mode, lengths_of_frame, terms_of
 from service.rpc.status import status_of
 from service.sessions import SessionState, Terms
 
@@ -36,6 +35,7 @@ log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 MAX_ANSWER_BYTES = 1024 * 1024
 """Answers are cut above it, so that a client with gRPC's default limit of 4 MiB can read them."""
+TENSORS = pb.StreamFrame.TENSORS_FIELD_NUMBER
 CHECK_STEPS = 1024
 """Steps that are taken between two looks for room, at most."""
 _REASONS = {
@@ -53,20 +53,23 @@ class Stream:
         self._engine = engine
         self._plan = plan
         self._lane = lane = plan.lane
-        _check_step_mode(plan, request)
+        check_step_mode(lane, request)
         if request.emit not in pb.Emit.values():
             raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
         outputs = plan.pick_outputs(request.outputs)
         self._output_plans = [plan.output_plans[index] for index in outputs]
         self._link = Link(self._on_event, outputs, emit_last=request.emit == pb.EMIT_LAST)
         terms = [
-            _terms(session, lane.settings.max_replay_window, lane.settings.max_linger_s) for session in request.sessions
+            terms_of(session, lane.settings.max_replay_window, lane.settings.max_linger_s)
+            for session in request.sessions
         ]
         self._answers: list[Answer] = []
         self._waiting: list[pb.StreamPredictResponse] = []
         self._events = pb.StreamAnswer()
+        self._has_events = False
         self._num_unsent_bytes = 0
         self._num_unchecked_steps = 0  # taken since room was last looked for
+        self._check_steps = min(lane.settings.max_inflight_steps // 4, CHECK_STEPS)
         self._step_bytes = ENTRY_BYTES + sum(plan.row_bytes for plan in self._output_plans)
         self._has_frames = False
         self._is_finishing = False
@@ -89,6 +92,27 @@ class Stream:
 
     def take(self, frame: pb.StreamFrame) -> None:
         """Apply one frame."""
+        fields = frame.ListFields()
+        if len(fields) == 1 and fields[0][0].number == TENSORS and 0 in self._link.sessions:
+            self._take_plain(frame)
+        else:
+            self._take_columns(frame)
+
+    def _take_plain(self, frame: pb.StreamFrame) -> None:
+        """Apply a frame of nothing but tensors: steps of the first session. Most frames of most clients are so."""
+        session = self._link.sessions[0]
+        try:
+            inputs, num_rows, states = self._plan.read(frame.tensors, "tensors")
+            if states or not num_rows:
+                self._take_columns(frame)
+                return
+        except ServiceError as error:
+            self._reject_all([0], error)
+            return
+        self._num_unchecked_steps += num_rows
+        self._engine.submit(self._lane, Steps([session], None, None if num_rows == 1 else [num_rows], inputs))
+
+    def _take_columns(self, frame: pb.StreamFrame) -> None:
         lane, link = self._lane, self._link
         if not self._has_frames:
             self._has_frames = True
@@ -106,6 +130,7 @@ class Stream:
                 for state, rows in states.items():
                     lane.slab.write(link.sessions[opened.handle].slot, state, rows[index])
             self._events.opened.append(opened)
+            self._has_events = True
         for handle, position in zip(handles, frame.acked_positions, strict=False):
             if handle in link.sessions:
                 link.sessions[handle].acknowledge(position)
@@ -141,8 +166,7 @@ class Stream:
 
     def _check(self, frame: pb.StreamFrame, handles: list[int]) -> tuple[Steps | None, dict[int, Array], list[Terms]]:
         """Check all that can be checked without touching a session. Raises InvalidInput and its kin."""
-        settings = self._lane.settings
-        terms = [_terms(session, settings.max_replay_window, settings.max_linger_s) for session in frame.opens]
+        terms = [terms_of(session, self._lane.settings) for session in frame.opens]
         inputs, num_rows, states = self._plan.read(frame.tensors, "tensors")
         for name, rows in states.items():
             if len(rows) != len(terms):
@@ -163,7 +187,7 @@ class Stream:
             return None, by_index, terms
         if not num:
             raise InvalidInput("steps without handles: name the sessions that they are for", field="handles")
-        steps = Steps([], list(frame.positions) or None, _lengths(frame, num, num_rows), inputs)
+        steps = Steps([], list(frame.positions) or None, lengths_of_frame(frame, num, num_rows), inputs)
         if frame.HasField("timeout"):
             steps.deadline = self._engine.clock() + frame.timeout.ToNanoseconds() / 1e9
         return steps, by_index, terms
@@ -243,16 +267,19 @@ class Stream:
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
+    @property
+    def wants_room(self) -> bool:
+        """Whether it is time to look if too much waits; mostly not."""
+        return self._num_unchecked_steps >= self._check_steps or self._num_unsent_bytes > 0
+
     async def has_room(self) -> None:
         """Wait while too much is unanswered or unread, so that a client that reads slowly is read from slowly.
 
         What is queued counts by the size of its answers. A stream of one session may fill half of its queue, so that
         it is slowed down rather than refused; where there are more, one full queue must not hold up the others.
         """
-        lane, settings = self._lane, self._lane.settings
-        if self._num_unchecked_steps < min(settings.max_inflight_steps // 4, CHECK_STEPS) and not self._answers:
-            return
-        while not lane.is_whole:
+        settings = self._lane.settings
+        while not self._lane.is_whole:
             self._num_unchecked_steps = 0
             num_steps = self._link.num_unanswered
             is_full = len(self._link.members) == 1 and num_steps > settings.max_inflight_steps // 2
@@ -263,17 +290,16 @@ class Stream:
 
     async def write_to(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Write answers as they come, until the client has sent all and every session has ended, or it is gone."""
+        loop = asyncio.get_running_loop()
         try:
             while True:
-                for message in self._pack():
-                    await context.write(message)
-                self._num_unsent_bytes = sum(answer_size(answer) for answer in self._answers)
-                self._has_written.set()
-                if self._waiting or self._answers or self._has_events():
-                    continue
+                while self._answers or self._has_events or self._waiting:
+                    for message in self._pack():
+                        await context.write(message)
+                    self._has_written.set()
                 if self._is_finishing and not self._link.members:
                     return
-                self._wakeup = asyncio.get_running_loop().create_future()
+                self._wakeup = loop.create_future()
                 await self._wakeup
         except grpc.aio.InternalError:  # a message can't be written any more: the connection broke
             log.debug("a client of %s is gone", self._lane.name)
@@ -283,7 +309,7 @@ class Stream:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Answer):
             self._answers.append(event)
-            self._num_unsent_bytes += answer_size(event)
+            self._num_unsent_bytes += self._step_bytes * len(event.outputs[0])
         elif isinstance(event, StepsFailed):
             kind = pb.STEP_ERROR_KIND_SESSION_FAILED if event.is_over else pb.STEP_ERROR_KIND_STEP_REJECTED
             self._events.errors.add(
@@ -294,25 +320,38 @@ class Stream:
                 status=status_of(event.error),
                 expected_position=event.expected,
             )
+            self._has_events = True
         elif event.state is not SessionState.OPEN:
             reason = pb.CLOSE_REASON_TAKEN_OVER if event.is_taken_over else _REASONS[event.state]
             self._events.closed.add(handle=event.handle, position=event.position, reason=reason)
+            self._has_events = True
         self._wake()
 
     def _wake(self) -> None:
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
-    def _has_events(self) -> bool:
-        return bool(self._events.opened or self._events.closed or self._events.errors)
-
     def _pack(self) -> list[pb.StreamPredictResponse]:
         """Take all that waits: answers that are ready together travel together, as far as a message holds them."""
         messages, self._waiting = self._waiting, []
         answers, self._answers = self._answers, []
-        has_events = self._has_events()
-        if not answers and not has_events:
-            return messages
+        num_bytes, self._num_unsent_bytes = self._num_unsent_bytes, 0
+        groups = [answers] if num_bytes <= MAX_ANSWER_BYTES else self._group(answers)
+        for group in groups:
+            message = pb.StreamPredictResponse()
+            if self._has_events and group is groups[-1]:
+                message.answer.CopyFrom(self._events)
+                self._events = pb.StreamAnswer()
+                self._has_events = False
+            elif not group:
+                continue
+            if group:
+                write_answers(group, self._output_plans, message.answer)
+            messages.append(message)
+        return messages
+
+    def _group(self, answers: list[Answer]) -> list[list[Answer]]:
+        """Cut and group answers so that no group is larger than a message should be."""
         groups: list[list[Answer]] = [[]]
         size = 0
         for answer in answers:
@@ -322,70 +361,4 @@ class Stream:
                     size = 0
                 groups[-1].append(piece)
                 size += answer_size(piece)
-        for index, group in enumerate(groups):
-            is_last = index == len(groups) - 1
-            message = pb.StreamPredictResponse()
-            if is_last and has_events:
-                message.answer.CopyFrom(self._events)
-                self._events = pb.StreamAnswer()
-            if group:
-                write_answers(group, self._output_plans, message.answer)
-            messages.append(message)
-        return messages
-
-
-def _check_step_mode(plan: LanePlan, request: pb.StreamOpen) -> None:
-    lane = plan.lane
-    wanted = request.step_mode
-    if wanted == pb.STEP_MODE_UNSPECIFIED or wanted == STEP_MODES[lane.step_mode]:
-        return
-    if wanted not in pb.StepMode.values():
-        raise InvalidInput(f"step mode {wanted} is unknown", field="step_mode")
-    name = pb.StepMode.Name(wanted).removeprefix("STEP_MODE_").lower()
-    advice = (
-        "leave step_mode out to have the server keep the steps and answer when the session closes, or call Predict"
-        if lane.step_mode is StepMode.BUFFERED
-        else "leave step_mode out"
-    )
-    raise NotSteppable(
-        f"{lane.name} can't be driven by {name}, only by {lane.step_mode.value}: {lane.step_mode_reason}; {advice}",
-        field="step_mode",
-    )
-
-
-def _terms(session: pb.SessionOpen, max_replay_window: int, max_linger_s: float) -> Terms:
-    linger_s = session.linger.ToNanoseconds() / 1e9
-    if len(session.session_id.encode()) > MAX_NAME_BYTES:
-        raise InvalidInput(f"a session id has at most {MAX_NAME_BYTES} bytes", field="session_id")
-    if session.replay_window > max_replay_window:
-        raise InvalidInput(
-            f"replay_window {session.replay_window}: the limit (max_replay_window) is {max_replay_window}",
-            field="replay_window",
-        )
-    if not 0 <= linger_s <= max_linger_s:
-        raise InvalidInput(f"linger {linger_s} s: expected 0 to {max_linger_s} (max_linger_s)", field="linger")
-    if linger_s and not session.session_id:
-        raise InvalidInput("linger needs a session_id to resume the session by", field="session_id")
-    return Terms(
-        session_id=session.session_id,
-        linger_s=linger_s,
-        replay_window=session.replay_window,
-        resume_only=session.resume_only,
-    )
-
-
-def _lengths(frame: pb.StreamFrame, num: int, num_rows: int) -> list[int] | None:
-    """Steps of each entry; None stands for one each."""
-    if frame.lengths:
-        lengths = list(frame.lengths)
-        if not all(lengths):
-            raise InvalidInput("an entry has no steps: leave it out", field="lengths")
-        if sum(lengths) != num_rows:
-            raise ShapeMismatch(f"lengths sum to {sum(lengths)}, but there are {num_rows} rows", field="lengths")
-        return lengths
-    if not num_rows:
-        raise InvalidInput("steps without rows: leave the tensors out, or send at least one row", field="tensors")
-    each, rest = divmod(num_rows, num)
-    if rest:
-        raise ShapeMismatch(f"{num_rows} rows don't divide evenly among {num} handles: give lengths", field="lengths")
-    return None if each == 1 else [each] * num
+        return groups

@@ -1,0 +1,69 @@
+"""Parts of stream requests, checked by themselves."""
+
+from __future__ import annotations
+
+from models.spec import StepMode
+from service.config import Settings
+from service.errors import InvalidInput, NotSteppable, ShapeMismatch
+from service.lane import Lane
+from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.rpc.codec import MAX_NAME_BYTES, STEP_MODES
+from service.sessions import Terms
+
+
+def check_step_mode(lane: Lane, request: pb.StreamOpen) -> None:
+    """Raise NotSteppable, with the reason, where a stream wants a mode that the model does not support."""
+    wanted = request.step_mode
+    if wanted == pb.STEP_MODE_UNSPECIFIED or wanted == STEP_MODES[lane.step_mode]:
+        return
+    if wanted not in pb.StepMode.values():
+        raise InvalidInput(f"step mode {wanted} is unknown", field="step_mode")
+    name = pb.StepMode.Name(wanted).removeprefix("STEP_MODE_").lower()
+    advice = (
+        "leave step_mode out to have the server keep the steps and answer when the session closes, or call Predict"
+        if lane.step_mode is StepMode.BUFFERED
+        else "leave step_mode out"
+    )
+    raise NotSteppable(
+        f"{lane.name} can't be driven by {name}, only by {lane.step_mode.value}: {lane.step_mode_reason}; {advice}",
+        field="step_mode",
+    )
+
+
+def terms_of(session: pb.SessionOpen, settings: Settings) -> Terms:
+    """Read what a client asks of a session. Raises InvalidInput."""
+    linger_s = session.linger.ToNanoseconds() / 1e9
+    if len(session.session_id.encode()) > MAX_NAME_BYTES:
+        raise InvalidInput(f"a session id has at most {MAX_NAME_BYTES} bytes", field="session_id")
+    if session.replay_window > settings.max_replay_window:
+        raise InvalidInput(
+            f"replay_window {session.replay_window}: the limit (max_replay_window) is {settings.max_replay_window}",
+            field="replay_window",
+        )
+    if not 0 <= linger_s <= settings.max_linger_s:
+        raise InvalidInput(f"linger {linger_s} s: expected 0 to {settings.max_linger_s} (max_linger_s)", field="linger")
+    if linger_s and not session.session_id:
+        raise InvalidInput("linger needs a session_id to resume the session by", field="session_id")
+    return Terms(
+        session_id=session.session_id,
+        linger_s=linger_s,
+        replay_window=session.replay_window,
+        resume_only=session.resume_only,
+    )
+
+
+def lengths_of_frame(frame: pb.StreamFrame, num: int, num_rows: int) -> list[int] | None:
+    """Steps of each entry; None stands for one each."""
+    if frame.lengths:
+        lengths = list(frame.lengths)
+        if not all(lengths):
+            raise InvalidInput("an entry has no steps: leave it out", field="lengths")
+        if sum(lengths) != num_rows:
+            raise ShapeMismatch(f"lengths sum to {sum(lengths)}, but there are {num_rows} rows", field="lengths")
+        return lengths
+    if not num_rows:
+        raise InvalidInput("steps without rows: leave the tensors out, or send at least one row", field="tensors")
+    each, rest = divmod(num_rows, num)
+    if rest:
+        raise ShapeMismatch(f"{num_rows} rows don't divide evenly among {num} handles: give lengths", field="lengths")
+    return None if each == 1 else [each] * num
