@@ -59,10 +59,7 @@ class Stream:
         outputs = plan.pick_outputs(request.outputs)
         self._output_plans = [plan.output_plans[index] for index in outputs]
         self._link = Link(self._on_event, outputs, emit_last=request.emit == pb.EMIT_LAST)
-        terms = [
-            terms_of(session, lane.settings.max_replay_window, lane.settings.max_linger_s)
-            for session in request.sessions
-        ]
+        terms = [terms_of(session, lane.settings) for session in request.sessions]
         self._answers: list[Answer] = []
         self._waiting: list[pb.StreamPredictResponse] = []
         self._events = pb.StreamAnswer()
