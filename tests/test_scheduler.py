@@ -159,14 +159,17 @@ def test_only_entries_that_have_not_begun_expire_with_what_is_behind_them():
     assert run(scheduler) == {0: 2}
 
 
-def test_rows_of_a_failed_batch_can_be_completed_alone():
-    scheduler = Scheduler(3, BatchConfig(max_chunk_steps=2))
-    submit(scheduler, {0: 3, 1: 2, 2: 2}, payload="p")
+def test_rows_of_a_failed_batch_can_be_completed_alone_without_padding():
+    scheduler = Scheduler(3, BatchConfig(max_chunk_steps=4))
+    submit(scheduler, {0: 7, 1: 3, 2: 4}, payload="p")
     batch = scheduler.next_batch()
+    assert (batch.counts, batch.steps) == ([4, 3, 4], 4)
     middle = batch.row(1)
-    assert (middle.slots, middle.starts, middle.steps, middle.payloads) == ([1], [3], 2, ["p"])
+    assert (middle.slots, middle.starts, middle.steps, middle.payloads) == ([1], [7], 3, ["p"])
     assert [scheduler.complete(batch.row(index)) for index in (2, 0, 1)] == [set()] * 3
-    assert run(scheduler) == {0: 1}
+    batch = scheduler.next_batch()
+    assert (batch.slots, batch.counts, batch.steps) == ([0], [3], 3)
+    scheduler.complete(batch)
     assert scheduler.num_queued_steps == 0
 
 
