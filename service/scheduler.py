@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 WHOLE_SPREAD = 1.25
 """Whole sequences share a batch if the longest is at most this many times the shortest: padding is computed in full."""
@@ -41,14 +41,9 @@ class BatchConfig:
     """Most steps of a batch of whole entries, over all rows and beyond the first, so that no run takes long."""
 
 
-class Entry(NamedTuple):
-    """Steps of one slot that were submitted together."""
-
-    length: int
-    start: int
-    """Row of the first step in the payload."""
-    payload: Any
-    deadline: float
+Entry = tuple[int, int, Any, float]
+"""(length, first row in the payload, payload, deadline) of steps that were submitted together: a plain tuple, since one
+is made for every step of every session."""
 
 
 @dataclass(slots=True)
@@ -126,7 +121,7 @@ class Scheduler:
         first, ready = self._first, self._ready
         for index, slot in enumerate(slots):
             deadline = _NEVER if deadlines is None else deadlines[index]
-            entry = Entry(lengths[index], starts[index], payload, deadline)
+            entry = (lengths[index], starts[index], payload, deadline)
             if first[slot] is None:
                 first[slot] = entry
                 ready.append(slot)
@@ -158,10 +153,10 @@ class Scheduler:
         return Batch(
             slots=slots,
             counts=counts,
-            starts=[entry.start + done[slot] for entry, slot in zip(entries, slots, strict=True)],
+            starts=[start + done[slot] for (_, start, _, _), slot in zip(entries, slots, strict=True)],
             steps=steps,
             is_last=is_last,
-            payloads=[entry.payload for entry in entries],
+            payloads=[payload for _, _, payload, _ in entries],
         )
 
     def complete(self, batch: Batch) -> set[int]:
@@ -171,7 +166,13 @@ class Scheduler:
         cancelled = self._doomed.intersection(slots) if self._doomed else set()
         self._doomed -= cancelled
         self.num_queued_steps -= sum(batch.counts)
-        ready, done = self._ready, self._done
+        ready, first, done = self._ready, self._first, self._done
+        if not (cancelled or self._behind or self._num_deadlines or False in batch.is_last):  # nothing follows any row
+            for slot in slots:
+                first[slot] = None
+                done[slot] = 0
+            self._num_entries -= len(slots)
+            return cancelled
         for slot, count, is_last in zip(slots, batch.counts, batch.is_last, strict=True):
             if is_last:
                 done[slot] = 0
@@ -194,7 +195,7 @@ class Scheduler:
         if self._first[slot] is None:
             return False
         for entry in self._behind.pop(slot, ()):
-            self._forget(entry, entry.length)
+            self._forget(entry, entry[0])
         if slot in self._running:
             self._doomed.add(slot)
             return True
@@ -211,11 +212,11 @@ class Scheduler:
         dropped = []
         for slot in list(self._ready):
             entry = self._first[slot]
-            if entry is not None and entry.deadline <= now and not self._done[slot]:
+            if entry is not None and entry[3] <= now and not self._done[slot]:
                 before = self.num_queued_steps
                 self.cancel(slot)
-                num_behind = before - self.num_queued_steps - entry.length
-                dropped.append(Dropped(slot, entry.length, num_behind))
+                num_behind = before - self.num_queued_steps - entry[0]
+                dropped.append(Dropped(slot, entry[0], num_behind))
         return dropped
 
     @property
@@ -229,7 +230,7 @@ class Scheduler:
 
     def _remaining(self, slot: int) -> int:
         entry = self._first[slot]
-        return 0 if entry is None else entry.length - self._done[slot]
+        return 0 if entry is None else entry[0] - self._done[slot]
 
     def _advance(self, slot: int) -> None:
         """Leave a slot's first entry behind; what comes next is ready."""
@@ -247,7 +248,7 @@ class Scheduler:
 
     def _forget(self, entry: Entry, num_steps: int) -> None:
         self._num_entries -= 1
-        self._num_deadlines -= entry.deadline != _NEVER
+        self._num_deadlines -= entry[3] != _NEVER
         self.num_queued_steps -= num_steps
 
     def _choose(self) -> tuple[list[int], int]:
