@@ -111,11 +111,6 @@ class Session:
         """How messages call it."""
         return f"session {self.terms.session_id!r}" if self.terms.session_id else f"session with handle {self.handle}"
 
-    @property
-    def is_over(self) -> bool:
-        """Whether it has ended."""
-        return self.state > SessionState.DRAINING
-
     def resume(self, link: Any, handle: int, terms: Terms, now: float) -> None:
         """Attach it to another link; counting by default goes on at the expected position."""
         self._forget(self.applied - min(terms.replay_window, self.terms.replay_window))
