@@ -172,8 +172,7 @@ def test_a_name_is_found_until_its_session_drains_or_ends():
     table.end(first, SessionState.CLOSED)  # must not free the name of its successor
     assert table.find(terms) is successor
     table.end(second, SessionState.FAILED)
-    states = [SessionState.CLOSED, SessionState.OPEN, SessionState.FAILED]
-    assert [session.state for session in (first, successor, second)] == states
+    assert [session.state.name for session in (first, successor, second)] == ["CLOSED", "OPEN", "FAILED"]
     with pytest.raises(SessionNotFound, match=r"session 'b' is not live.*open it without resume_only") as caught:
         table.find(Terms(session_id="b", resume_only=True))
     assert caught.value.field == "session_id"
