@@ -16,7 +16,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test check format protos containers hooks clean
+.PHONY: help demo test check bench format protos containers hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -41,6 +41,9 @@ format: .venv/.installed ## mend what ruff can mend
 
 protos: .venv-protoc/.installed ## generate service/pb from protos/
 	.venv-protoc/bin/python scripts/protos.py
+
+bench: .venv/.installed ## measure every budget in one run; writes benchmarks/results.json and results.png
+	@$(BIN)/python -m benchmarks
 
 containers: .venv/.installed $(MODEL) ## build the serving image, run it beside Prometheus, stream through it
 	@$(BIN)/python scripts/containers.py build/repository

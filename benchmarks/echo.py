@@ -1,4 +1,4 @@
-"""The floor: a bare grpc.aio server that answers a frame with as many bytes as the real one would, and computes nothing.
+"""The floor: a bare grpc.aio server that answers a frame with as many bytes as the real one and computes nothing.
 
 echo.py PORT OUTPUTS: protobuf is parsed and made in full, on the loop and with the settings of the real server.
 """

@@ -127,17 +127,22 @@ class Backend:
             raise RunFailed(f"onnxruntime failed: {_one_line(error)}") from error
         return results[: self._num_outputs], results[self._num_outputs :]
 
-    def probe(self) -> Exactness:
+    def probe(self, max_rows: int) -> Exactness:
         """Measure whether neighbours, or cuts in time, change a sequence's numbers.
 
-        The same sequences run alone, beside neighbours of LOUDNESS times their size and of NaN, and cut into chunks.
+        The same sequences run alone, beside neighbours of LOUDNESS times their size and of NaN, in a batch of max_rows,
+        and cut into chunks.
         """
+        per_step = {t.name for t in self.graph.inputs if t.layout is Layout.PER_STEP}
         batch_error = chunk_error = 0.0
         rng = np.random.default_rng(0)
         quiet = self._sample(rng, PROBE_STEPS)
         alone = self._run_padded([quiet])[0]
         for neighbours in self._neighbours(rng, quiet):
             batch_error = max(batch_error, _difference(alone, self._run_padded([*neighbours, quiet])[-1]))
+        brief = {name: rows[:2] if name in per_step else rows for name, rows in quiet.items()}
+        crowd = [brief] * max_rows  # as large as batches get: kernels block rows by their number
+        batch_error = max(batch_error, _difference(self._run_padded([brief])[0], self._run_padded(crowd)[-1]))
         can_step = self.spec.step_mode[0] is StepMode.STEPPING
         if can_step:
             for cuts in ([1] * PROBE_STEPS, [7, 1, 15]):

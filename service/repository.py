@@ -73,7 +73,7 @@ def load_version(settings: Settings, name: str, version: int) -> Lane:
     if others:
         raise ModelBroken(f"{path}: inputs {', '.join(others)} are not per step, and only those can be served")
     try:
-        exactness = backend.probe()
+        exactness = backend.probe(settings.max_batch_rows)
     except Exception as error:  # whatever is wrong with this file, the others are served
         raise ModelBroken(f"{path}: it loads, but a first run fails: {error}") from error
     try:

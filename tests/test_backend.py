@@ -94,7 +94,7 @@ def test_a_run_that_onnxruntime_refuses_is_run_failed(load):
     ],
 )
 def test_verdicts(load, model, verdict, is_chunkable):
-    exactness = load(model).probe()
+    exactness = load(model).probe(64)
     assert (exactness.verdict, exactness.is_chunkable) == (verdict, is_chunkable), exactness.detail
     assert ("cut into chunks" in exactness.detail) == (2 not in model.spec.directions)
 
@@ -105,7 +105,7 @@ def test_an_int8_model_is_coupled(tmp_path, caplog):
     path = build("lstm", hidden=32).save(tmp_path, "m")
     with caplog.at_level(logging.ERROR):  # it advises on quality
         quantize_dynamic(path, path.with_name("int8.onnx"))
-    exactness = Backend(path.with_name("int8.onnx")).probe()
+    exactness = Backend(path.with_name("int8.onnx")).probe(64)
     assert (exactness.verdict, exactness.is_chunkable) == ("coupled", False)
 
 
@@ -136,7 +136,7 @@ def test_an_error_of_batching_or_chunking_is_found_and_weighed(
         return outputs, after
 
     monkeypatch.setattr(backend, "run", inexact)
-    exactness = backend.probe()
+    exactness = backend.probe(64)
     assert (exactness.verdict, exactness.is_chunkable) == (verdict, is_chunkable), exactness.detail
 
 
@@ -150,7 +150,7 @@ def probed_inputs(backend, monkeypatch):
         return run(inputs, lengths, states)
 
     monkeypatch.setattr(backend, "run", note)
-    backend.probe()
+    backend.probe(64)
     return seen
 
 
@@ -160,8 +160,9 @@ def test_the_probe_puts_loud_and_broken_neighbours_beside_a_sequence(load, monke
     assert quiet.shape == (PROBE_STEPS, 3)
     assert any(len(x) == 2 and np.array_equal(x[0], quiet * np.float32(LOUDNESS)) for x in seen)
     assert any(len(x) == 2 and np.isnan(x[0]).all() for x in seen)
-    assert max(len(x) for x in seen) > 16
-    assert all(np.array_equal(x[-1][: len(quiet)], quiet) for x in seen if len(x) > 1)
+    crowds = [x for x in seen if len(x) == 64]
+    assert [np.array_equal(x, np.stack([quiet[:2]] * 64)) for x in crowds] == [True]
+    assert all(np.array_equal(x[-1][: len(quiet)], quiet) for x in seen if 1 < len(x) < 64)
 
 
 def test_the_probe_stays_within_the_vocabulary(load, monkeypatch):
@@ -177,7 +178,7 @@ def test_the_probe_takes_its_inputs_from_the_golden_ones(load, monkeypatch):
 
 def test_golden_inputs_without_a_finite_row_do_not_blind_the_probe(load):
     rows = GoldenArray.of(np.full((1, 2, 3), np.nan, np.float32))
-    assert load(build("lstm", coupled=True), **golden(rows)).probe().verdict == "coupled"
+    assert load(build("lstm", coupled=True), **golden(rows)).probe(64).verdict == "coupled"
 
 
 # ---- files that can't be served -------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_cuda_with_a_fallback_is_the_cpu_where_it_is_absent(without_cuda, tmp_pa
     assert check_provider("cuda,cpu") == "CPUExecutionProvider"
     backend = Backend(build().save(tmp_path, "m"), provider="cuda,cpu")
     assert backend.provider == "CPUExecutionProvider"
-    assert backend.probe().verdict == "exact"
+    assert backend.probe(64).verdict == "exact"
 
 
 def test_cuda_that_does_not_start_is_no_silent_fallback(monkeypatch, tmp_path):
