@@ -233,11 +233,12 @@ class AsyncRun(AsyncIterator[T], Generic[T]):
             await line.changed.wait()
         if machine.is_ready:
             return machine.take()
-        if machine.ledger.is_awaiting:
-            if machine.is_buffered and not self._feeder.exception():
-                await line.leave(machine.close)
-            if not machine.is_buffered or machine.is_ready:
-                return await line.wait_outcome()
+        if machine.is_buffered and machine.ledger.is_awaiting and not self._feeder.exception():
+            await line.leave(machine.close)
+        while machine.ledger.is_awaiting and not machine.is_ready and (machine.is_ending or not machine.is_buffered):
+            await line.changed.wait()
+        if machine.is_ready:
+            return machine.take()
         self._feeder.result()  # raises what the steps raised
         raise StopAsyncIteration
 

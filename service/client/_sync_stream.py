@@ -288,9 +288,11 @@ class Stream:
             self.close()
         while True:
             with self._line.changed:
-                if not machine.ledger.is_awaiting and not machine.is_ready:
+                while machine.ledger.is_awaiting and not machine.is_ready:
+                    self._line.pump()
+                if not machine.is_ready:
                     return
-                outputs = self._line.wait_outcome()
+                outputs = machine.take()
             yield outputs
 
 

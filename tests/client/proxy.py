@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,17 +41,22 @@ class Proxy:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.is_refusing:
-            writer.transport.abort()
-            return
-        up_reader, up_writer = await asyncio.open_connection(self._host, self._port)
-        self._writers |= {writer, up_writer}
+        mine = {writer}
         try:
+            if self.is_refusing:
+                return
+            up_reader, up_writer = await asyncio.open_connection(self._host, self._port)
+            mine.add(up_writer)
+            self._writers |= mine
             await asyncio.gather(
                 self._pass(reader, up_writer, counts=False), self._pass(up_reader, writer, counts=True)
             )
         finally:
-            self._writers -= {writer, up_writer}
+            self._writers -= mine
+            for each in mine:
+                each.transport.abort()
+                with contextlib.suppress(OSError):
+                    await each.wait_closed()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool) -> None:
         try:
@@ -82,8 +88,9 @@ def proxied(target: str) -> Iterator[Proxy]:
 
     async def stop(server: asyncio.Server) -> None:
         server.close()
-        await proxy._cut()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     try:

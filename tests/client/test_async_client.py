@@ -146,6 +146,7 @@ async def test_leaving_a_run_drops_what_was_under_way(async_client, client, sequ
             async for y in stream.run(form(x[:20])):
                 np.testing.assert_array_equal(y, expected[0])
                 break
+            assert len(await collect(stream.run(iter([])))) == 0
             at = stream.position
             np.testing.assert_array_equal(await stream.step(x[at]), expected[at])
 

@@ -117,6 +117,7 @@ def test_leaving_a_run_drops_what_was_under_way(client, sequences):
             for y in stream.run(form(x[:20])):
                 np.testing.assert_array_equal(y, expected[0])
                 break
+            assert list(stream.run(iter([]))) == []
             at = stream.position
             np.testing.assert_array_equal(stream.step(x[at]), expected[at])
 
