@@ -14,7 +14,6 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
 
 import click
 
-from models.checks import TOLERANCE
 from models.errors import MissingExtra, ModelsError, RecipeError, UnknownTask
 from models.recipe import Recipe
 from models.tasks import NAMES, load
@@ -145,8 +144,8 @@ def verify(file: Path) -> None:
         verdict = "ok" if check.is_passed else "FAILED"
         click.echo(f"{verdict:<6}  {check.name}: off by {check.error:.2g} at most, in {check.worst}")
     if failed := [check.name for check in checks if not check.is_passed]:
-        _end(f"{file}: {', '.join(failed)} off by more than {TOLERANCE:.0e}; do not serve it", FAILED)
-    click.echo(f"{file} answers as it should, within {TOLERANCE:.0e}")
+        _end(f"{file}: {', '.join(failed)} off by more than {checks[0].tolerance:.0e}; do not serve it", FAILED)
+    click.echo(f"{file} answers as it should, within {checks[0].tolerance:.0e}")
 
 
 @click.command(short_help="Describe a model file.")

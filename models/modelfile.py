@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.checks import TOLERANCE, differ, random_cuts, run_in_chunks, without_padding
+from models.checks import MAX_TOLERANCE, TOLERANCE, differ, random_cuts, run_in_chunks, without_padding
 from models.errors import ModelFileError
 from models.runtime import Array, Runtime
 from models.spec import LENGTHS, METADATA_KEY, Golden, Layout, Spec, SpecError, StepMode, parse_spec
@@ -33,14 +33,16 @@ class Check:
     name: str
     """What was compared."""
     error: float
-    """Largest difference, see Difference.scaled; up to TOLERANCE is allowed."""
+    """Largest difference, see Difference.scaled."""
+    tolerance: float
+    """Largest allowed."""
     worst: str
     """Output with the largest difference, and where in it."""
 
     @property
     def is_passed(self) -> bool:
         """Whether the difference is allowed."""
-        return self.error <= TOLERANCE
+        return self.error <= self.tolerance
 
 
 class ModelFile:
@@ -105,7 +107,8 @@ class ModelFile:
             for output, array in without_padding(self.spec.graph, expected, lengths).items()
         }
         worst = max(gaps, key=lambda output: gaps[output].scaled)
-        return Check(name, gaps[worst].scaled, f"{worst} at {list(gaps[worst].where)}")
+        tolerance = min(max(self.spec.parity.tolerance, TOLERANCE), MAX_TOLERANCE)
+        return Check(name, gaps[worst].scaled, tolerance, f"{worst} at {list(gaps[worst].where)}")
 
 
 def _compare_names(runtime: Runtime, spec: Spec) -> None:

@@ -76,7 +76,8 @@ def train(
 
     should_stop is asked after every batch; once it says yes, or on Ctrl-C, the epoch under way is given up and the best
     so far kept. The caller's random state and threads are left as they were.
-    Raises RunError when the directory is taken, or cannot be resumed; RecipeError when recipe and task don't fit.
+    Raises RunError when the directory is taken, or cannot be resumed or written; RecipeError when recipe and task
+    don't fit.
     """
     run = Run(out)
     threads = torch.get_num_threads()
@@ -92,6 +93,8 @@ def train(
                 run.create({"task": task.name, "recipe": recipe.to_dict(), "versions": versions("torch", "numpy")})
             is_finished = trainer.fit(show_progress, lambda: interrupted() or should_stop())
             return trainer.conclude(is_finished)
+    except OSError as error:
+        raise RunError(f"cannot write to {out}: {error.strerror}") from error
     finally:
         torch.set_num_threads(threads)
 

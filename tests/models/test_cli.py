@@ -17,7 +17,7 @@ from models.checks import differ, random_cuts, run_in_chunks
 from models.modelfile import ModelFile
 from models.spec import LENGTHS, METADATA_KEY, GoldenArray, GraphSpec, Layout, parse_spec
 from tests.models.conftest import make_task
-from tests.models.test_export import TRAINING, export_net, make_net
+from tests.models.exports import exported_net
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -233,7 +233,7 @@ def test_describe_for_people(vowels_file):
 
 
 def test_describe_tells_units_and_why_a_model_is_buffered(tmp_path):
-    model, _ = export_net(make_net(make_task(), bidirectional=True), make_task(), TRAINING)
+    _, model, _ = exported_net(bidirectional=True)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     text = " ".join(invoke(cli.describe, tmp_path / "m.onnx").stdout.split())
     assert "step mode buffered: layer 0 is bidirectional: its output at any step depends on the steps that come" in text
