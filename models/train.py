@@ -171,7 +171,8 @@ class _Trainer:
                     return False
                 self.note(loss, time.monotonic() - started)
                 bar.update()
-                bar.set_postfix({name: f"{value:.4g}" for name, value in self.progress.history[-1].items() if value})
+                shown = {name: value for name, value in self.progress.history[-1].items() if "validation" in name}
+                bar.set_postfix({name.removeprefix("validation_"): f"{value:.3g}" for name, value in shown.items()})
         return True
 
     @property

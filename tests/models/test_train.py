@@ -2,11 +2,15 @@
 
 import csv
 import dataclasses
+import fcntl
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -311,6 +315,23 @@ def test_ctrl_c_keeps_the_best_and_resume_ends_as_if_never_interrupted(tmp_path)
     run_training(task, whole, hidden=6, epochs=8, batch_size=16)
     assert_same_run(whole, parts)
     assert f"accuracy {_metrics(whole)['test']['accuracy']:.4f}" in out
+
+
+def test_progress_bar_is_shown_to_a_person_only(tmp_path):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+    code = "from models.cli import train; train()"
+    command = [sys.executable, "-c", code, "vowels", "--hidden", "4", "--epochs", "2", "--out", str(tmp_path / "a")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end, text=True) as process:
+        os.close(end)
+        out, _ = process.communicate(timeout=60)
+        shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert process.returncode == 0
+    assert "2/2" in shown
+    assert "loss=" in shown
+    assert "accuracy=" in shown
+    assert "2/2" not in out
 
 
 def test_module_trains_as_the_command_does(tmp_path):
