@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from models import tasks
 from models.export import export_run
@@ -23,6 +25,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_registry():
+    """Every export builds torch's table of translations to ONNX anew, a third of its time; these tests export often."""
+    build = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", build)
+        yield
 
 
 def make_task(*, kind: str = "classification", seed: int = 0, recipe: Recipe | None = None) -> Task:
