@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round: to see that it works")
     parser.add_argument("--only", default="", help="measure only budgets whose function has this word in its name")
     arguments = parser.parse_args()
-    settings = Settings(rounds=1, seconds=1.0) if arguments.quick else Settings(rounds=5, seconds=4.0)
+    settings = Settings(rounds=3, seconds=1.5) if arguments.quick else Settings(rounds=5, seconds=4.0)
     print("measured on: " + ", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder)

@@ -88,6 +88,7 @@ class Link:
 class Steps:
     """Steps of some sessions of one link, checked against the model's shapes."""
 
+    link: Link
     sessions: list[Session]
     """Open ones, each once."""
     positions: Sequence[int] | None
@@ -97,3 +98,8 @@ class Steps:
     inputs: list[bytes]
     """Per-step inputs in the model's order, each [sum(lengths), ...] as raw bytes."""
     deadline: float = NEVER
+
+    @property
+    def has_deadline(self) -> bool:
+        """Whether the steps may come too late to be run."""
+        return self.deadline != NEVER

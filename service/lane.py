@@ -71,9 +71,10 @@ class Lane:
         )
         self.num_predicting = 0
         """Sequences of Predict calls that hold a slot."""
-        self._runs = RunMaker(backend, self.slab, settings.max_batch_rows)
-        self._row_types = [(np.dtype(t.dtype), (-1, *t.row_shape)) for t in self.step_inputs]
-        self._inbox: list[Steps] = []
+        self.runs = RunMaker(backend, self.slab, settings.max_batch_rows)
+        self.row_types = [(np.dtype(t.dtype), (-1, *t.row_shape)) for t in self.step_inputs]
+        self.inbox: list[Steps] = []
+        """What has arrived and is not queued."""
         self._detaching: set[Session] = set()  # they linger once what is queued is answered
         self._gathered = Gathered()
 
@@ -202,15 +203,15 @@ class Lane:
 
     def submit(self, steps: Steps, now: float) -> None:
         """Take steps; they are queued by the next `flush`, together with what else has arrived by then."""
-        self._inbox.append(steps)
+        self.inbox.append(steps)
         for session in steps.sessions:
             session.used_at = now
 
     def flush(self) -> None:
         """Queue what has arrived."""
-        if not self._inbox:
+        if not self.inbox:
             return
-        inbox, self._inbox = self._inbox, []
+        inbox, self.inbox = self.inbox, []
         if len(inbox) == 1:
             self._queue(inbox, inbox[0].sessions)
             return
@@ -223,7 +224,7 @@ class Lane:
 
     def _queue(self, messages: list[Steps], sessions: list[Session]) -> None:
         """Admit and schedule entries, one a session."""
-        entries = join(messages, sessions, self._row_types)
+        entries = join(messages, sessions, self.row_types)
         faults = self._faults(entries)
         admission = admit(sessions, entries.lengths, entries.positions, self.settings.max_inflight_steps, faults)
         if admission is not None:
@@ -316,7 +317,7 @@ class Lane:
         for dropped in self.scheduler.expire(now):
             self._tell_expired(dropped, now)
         batch = self.scheduler.next_batch()
-        return self._runs.make(batch) if batch is not None else None
+        return self.runs.make(batch) if batch is not None else None
 
     def complete(self, run: Run, outputs: list[Array], next_states: list[Array], now: float, seconds: float) -> None:
         """Take the results of a run: move states, answer links, end what drains."""
@@ -346,12 +347,12 @@ class Lane:
                 rows_of[link] = [row]
             if session.state is DRAINING:
                 ending.append(session)
-        outputs = self._runs.flatten(batch, outputs)
+        outputs = self.runs.flatten(batch, outputs)
         if self.sessions.num_replaying:
             for rows in rows_of.values():
-                self._runs.keep(batch, outputs, rows, positions, by_slot)
+                self.runs.keep(batch, outputs, rows, positions, by_slot)
         for link, rows in rows_of.items():
-            if link is not None and (answer := self._runs.answer(link, batch, outputs, rows, positions, by_slot)):
+            if link is not None and (answer := self.runs.answer(link, batch, outputs, rows, positions, by_slot)):
                 link.sink(answer)
         for session in ending:
             if not self.scheduler.is_busy(session.slot):
@@ -364,7 +365,7 @@ class Lane:
         """A run failed: run each row alone, so that only sequences that fail by themselves are lost."""
         self.flush()  # what has arrived for a session must not outlive it
         for index, slot in enumerate(run.batch.slots):
-            part = self._runs.make(run.batch.row(index))
+            part = self.runs.make(run.batch.row(index))
             try:
                 outputs, states = part.execute()
             except RunFailed as error:

@@ -47,7 +47,7 @@ class Client:
         lengths = [len(x) for x in xs.values()]
         sessions = [self.link.sessions[handle] for handle in xs]
         data = b"".join(x.astype(np.float32).tobytes() for x in xs.values())
-        self.lane.submit(Steps(sessions, positions, lengths, [data], deadline), now)
+        self.lane.submit(Steps(self.link, sessions, positions, lengths, [data], deadline), now)
 
     def _take(self, event: Event) -> None:
         over = {closed.handle for closed in self.told(Closed)}

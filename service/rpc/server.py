@@ -26,6 +26,8 @@ from service.telemetry import registry_of
 from service.web.app import make_app
 
 log = logging.getLogger(__name__)
+KEEPALIVE_S = 40
+"""Idle time after which a connection is checked; without an answer for half of it, its sessions are freed."""
 SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"].full_name
 
 
@@ -55,6 +57,9 @@ class Server:
                 ("grpc.so_reuseport", 0),  # else a second server on the port would start without an error
                 ("grpc.max_receive_message_length", self.settings.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),  # a client that is gone without a word is found out
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_S * 500),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # and may look for us as often as that
             ],
         )
         pb_grpc.add_SequenceServiceServicer_to_server(self._native, self._grpc)

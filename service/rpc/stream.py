@@ -107,7 +107,9 @@ class Stream:
             self._reject_all([0], error)
             return
         self._num_unchecked_steps += num_rows
-        self._engine.submit(self._lane, Steps([session], None, None if num_rows == 1 else [num_rows], inputs))
+        self._engine.submit(
+            self._lane, Steps(self._link, [session], None, None if num_rows == 1 else [num_rows], inputs)
+        )
 
     def _take_columns(self, frame: pb.StreamFrame) -> None:
         lane, link = self._lane, self._link
@@ -184,7 +186,7 @@ class Stream:
             return None, by_index, terms
         if not num:
             raise InvalidInput("steps without handles: name the sessions that they are for", field="handles")
-        steps = Steps([], list(frame.positions) or None, lengths_of_frame(frame, num, num_rows), inputs)
+        steps = Steps(self._link, [], list(frame.positions) or None, lengths_of_frame(frame, num, num_rows), inputs)
         if frame.HasField("timeout"):
             steps.deadline = self._engine.clock() + frame.timeout.ToNanoseconds() / 1e9
         return steps, by_index, terms
@@ -240,6 +242,7 @@ class Stream:
             size = tensor.row_bytes
             inputs.append(b"".join(data[starts[i] * size : starts[i + 1] * size] for i in known))
         kept = Steps(
+            self._link,
             [],
             [steps.positions[index] for index in known] if steps.positions else None,
             [lengths[index] for index in known],
