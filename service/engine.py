@@ -109,6 +109,7 @@ class Engine:
         try:
             return await call.result
         finally:
+            call.withdraw()
             self.drop(lane, call.link)
             if call in self._waiting[lane]:
                 self._waiting[lane].remove(call)
@@ -137,7 +138,12 @@ class Engine:
                 return
             lane.flush()
             self._feed(lane, now)
-            run = lane.next_run(now)
+            try:
+                run = lane.next_run(now)
+            except Exception:
+                log.exception("a run of %s could not be made", lane.name)
+                self.wake()
+                return
             if run is not None:
                 self._dispatch(_Job(lane, run))
                 return
@@ -200,6 +206,7 @@ class Engine:
                 lane.complete(job.run, outcome.outputs, outcome.states, now, outcome.seconds)
         except Exception:
             log.exception("a bug in taking the results of a run of %s", lane.name)
+            lane.abandon(job.run.batch)
         self.wake()
 
     def _learn(self, key: _Key, seconds: float) -> None:

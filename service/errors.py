@@ -30,6 +30,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+MAX_MESSAGE = 1_000
+"""Longest text of an error, in characters."""
+
 
 class ServiceError(Exception):
     """Base of the tree."""
@@ -51,7 +54,8 @@ class ServiceError(Exception):
         retry_after_s  when the same request may work
         metadata       facts for programs, such as {"expected_position": "7"}
         """
-        super().__init__(message)
+        # It may quote what a stranger sent, and travels in trailers, whose size is limited.
+        super().__init__(message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "...")
         self.field = field
         self.retry_after_s = retry_after_s
         self.metadata = dict(metadata or {})

@@ -7,7 +7,6 @@ is  next_run -> Run.execute (on any thread) -> complete,  or `fail` where execut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -31,8 +30,8 @@ from service.errors import (
 from service.events import Answer, Closed, Event, Link, Steps, StepsFailed
 from service.inputs import bad_entries, bad_rows
 from service.runs import Run, RunMaker
-from service.scheduler import BatchConfig, Dropped, Scheduler
-from service.sessions import ANONYMOUS, Session, SessionState, SessionTable, Terms, admit
+from service.scheduler import Batch, BatchConfig, Dropped, Scheduler
+from service.sessions import Session, SessionState, SessionTable, Terms, admit
 from service.slots import StateSlab
 from service.tally import Tally
 
@@ -71,6 +70,8 @@ class Lane:
         )
         self.num_predicting = 0
         """Sequences of Predict calls that hold a slot."""
+        self.num_waiting_steps = 0
+        """Steps of those that wait for one."""
         self.runs = RunMaker(backend, self.slab, settings.max_batch_rows)
         self.row_types = [(np.dtype(t.dtype), (-1, *t.row_shape)) for t in self.step_inputs]
         self.inbox: list[Steps] = []
@@ -199,7 +200,7 @@ class Lane:
     @property
     def num_queued_steps(self) -> int:
         """Steps that are queued or running, or kept until their whole sequence has come."""
-        return self.scheduler.num_queued_steps + self._gathered.num_steps
+        return self.scheduler.num_queued_steps + self._gathered.num_steps + self.num_waiting_steps
 
     def submit(self, steps: Steps, now: float) -> None:
         """Take steps; they are queued by the next `flush`, together with what else has arrived by then."""
@@ -247,8 +248,9 @@ class Lane:
         faults: dict[int, ServiceError] = {}
         room = self.settings.max_queued_steps - self.num_queued_steps
         if len(entries.inputs[0]) > room:
-            sums = accumulate(entries.lengths)
-            faults = {index: self.overloaded() for index, sum_ in enumerate(sums) if sum_ > room}
+            lengths = entries.lengths
+            sums = enumerate(accumulate(lengths))
+            faults = {index: self.overloaded(lengths[index]) for index, sum_ in sums if sum_ > room}
         passes = self.settings.non_finite == "pass"
         for tensor, x in zip(self.step_inputs, entries.inputs, strict=True):
             if (is_bad := bad_rows(tensor, x, passes_non_finite=passes)) is not None:
@@ -256,11 +258,14 @@ class Lane:
                     faults.setdefault(index, error)
         return faults
 
-    def overloaded(self) -> ServiceError:
-        """Say that the queue is full."""
+    def overloaded(self, num_steps: int) -> ServiceError:
+        """Say that the queue has no room for so many steps, now or ever."""
+        limit = self.settings.max_queued_steps
+        if num_steps > limit:
+            return Exhausted(f"{num_steps} steps at once, the limit (max_queued_steps) is {limit}; send fewer at once")
         return Overloaded(
-            f"{self.num_queued_steps} steps are queued for {self.name}, the limit (max_queued_steps) is "
-            f"{self.settings.max_queued_steps}; send again after a while",
+            f"{self.num_queued_steps} steps are queued for {self.name}, the limit (max_queued_steps) is {limit}; "
+            "send again after a while",
             retry_after_s=OVERLOAD_RETRY_S,
         )
 
@@ -281,35 +286,6 @@ class Lane:
         outputs = [rows[i] if self.is_output_per_step[i] else rows[i][-1:] for i in link.outputs]
         link.sink(Answer([session.handle], [start], [stop - start], outputs))
 
-    def submit_sequences(
-        self,
-        link: Link,
-        inputs: list[Array],
-        starts: list[int],
-        lengths: list[int],
-        states: Sequence[Array | None],
-        now: float,
-    ) -> None:
-        """Open, queue and close whole sequences of a Predict call; their handles count on from link.num_opened.
-
-        inputs   per-step inputs, packed; starts and lengths [n] say which rows
-        states   for each state [n, *row shape] or None for zeros
-        """
-        slots = self.slab.allocate(len(starts))
-        for index, rows in enumerate(states):
-            if rows is not None:
-                self.slab.write(slots, index, rows)
-        numbers = slots.tolist()
-        for slot, length in zip(numbers, lengths, strict=True):
-            session = self.sessions.open(slot, link, link.num_opened, ANONYMOUS, now)
-            session.expected = length
-            self.sessions.drain(session)
-            link.members.add(session)
-            link.num_opened += 1
-        self.num_predicting += len(numbers)
-        self.tally.sequences += len(numbers)
-        self.scheduler.submit(numbers, lengths, starts, inputs)
-
     # ---- runs -------------------------------------------------------------------------------------------------------
 
     def next_run(self, now: float) -> Run | None:
@@ -317,7 +293,23 @@ class Lane:
         for dropped in self.scheduler.expire(now):
             self._tell_expired(dropped, now)
         batch = self.scheduler.next_batch()
-        return self.runs.make(batch) if batch is not None else None
+        if batch is None:
+            return None
+        try:
+            return self.runs.make(batch)
+        except Exception:
+            self.abandon(batch)
+            raise
+
+    def abandon(self, batch: Batch) -> None:
+        """End the sessions of a batch that a bug, or want of memory, keeps from being completed."""
+        if self.scheduler.is_in_flight(batch):
+            self.flush()
+            error = RunFailed("the server failed to run this step; its log says how")
+            for slot in batch.slots:
+                if slot in self.sessions.by_slot:
+                    self._fail(self.sessions.by_slot[slot], error, SessionState.FAILED)
+            self.slab.free(np.array(sorted(self.scheduler.complete(batch))))
 
     def complete(self, run: Run, outputs: list[Array], next_states: list[Array], now: float, seconds: float) -> None:
         """Take the results of a run: move states, answer links, end what drains."""

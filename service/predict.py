@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from models.spec import Layout
 from service.events import Answer, Closed, Event, Link, StepsFailed
 from service.inputs import bad_rows, bad_value
 from service.lane import Lane
+from service.sessions import ANONYMOUS
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -70,9 +72,11 @@ class PredictCall:
                 error = bad_value(tensor, x[row], row - int(self._starts[sequence]))
                 error.args = (f"sequence {sequence}: {error}",)
                 raise error
-        if lane.num_queued_steps + int(sequences.lengths.sum()) > lane.settings.max_queued_steps:
-            raise lane.overloaded()
         num_steps, num = int(sequences.lengths.sum()), len(sequences.lengths)
+        if lane.num_queued_steps + num_steps > lane.settings.max_queued_steps:
+            raise lane.overloaded(num_steps)
+        self._num_waiting_steps = num_steps
+        lane.num_waiting_steps += num_steps
         self._outputs = []
         for index in sequences.outputs:
             spec = lane.graph.outputs[index]
@@ -92,13 +96,22 @@ class PredictCall:
         return self._num_fed == len(self._starts)
 
     def feed(self, room: int, now: float) -> None:
-        """Queue at most `room` more sequences."""
+        """Open, queue and close at most `room` more sequences."""
         part = slice(self._num_fed, self._num_fed + room)
         sequences = self._sequences
         states = [rows if rows is None else rows[part] for rows in sequences.states]
         starts, lengths = self._starts[part].tolist(), sequences.lengths[part].tolist()
         self._num_fed += len(starts)
-        self.lane.submit_sequences(self.link, sequences.inputs, starts, lengths, states, now)
+        self._stop_waiting(sum(lengths))
+        submit_sequences(self.lane, self.link, sequences.inputs, starts, lengths, states, now)
+
+    def withdraw(self) -> None:
+        """Feed no more."""
+        self._stop_waiting(self._num_waiting_steps)
+
+    def _stop_waiting(self, num_steps: int) -> None:
+        self._num_waiting_steps -= num_steps
+        self.lane.num_waiting_steps -= num_steps
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Answer):
@@ -117,3 +130,33 @@ class PredictCall:
                 self.result.set_result(Prediction(self._outputs, self._states))
         elif isinstance(event, StepsFailed) and not self.result.done():
             self.result.set_exception(event.error)
+
+
+def submit_sequences(
+    lane: Lane,
+    link: Link,
+    inputs: list[Array],
+    starts: list[int],
+    lengths: list[int],
+    states: Sequence[Array | None],
+    now: float,
+) -> None:
+    """Open, queue and close whole sequences; their handles count on from link.num_opened.
+
+    inputs   per-step inputs, packed; starts and lengths [n] say which rows
+    states   for each state [n, *row shape] or None for zeros
+    """
+    slots = lane.slab.allocate(len(starts))
+    for index, rows in enumerate(states):
+        if rows is not None:
+            lane.slab.write(slots, index, rows)
+    numbers = slots.tolist()
+    for slot, length in zip(numbers, lengths, strict=True):
+        session = lane.sessions.open(slot, link, link.num_opened, ANONYMOUS, now)
+        session.expected = length
+        lane.sessions.drain(session)
+        link.members.add(session)
+        link.num_opened += 1
+    lane.num_predicting += len(numbers)
+    lane.tally.sequences += len(numbers)
+    lane.scheduler.submit(numbers, lengths, starts, inputs)

@@ -224,6 +224,10 @@ class Scheduler:
         """Slots that the next batch could take."""
         return len(self._ready)
 
+    def is_in_flight(self, batch: Batch) -> bool:
+        """Whether a batch has not been completed."""
+        return not self._running.isdisjoint(batch.slots)
+
     def is_busy(self, slot: int) -> bool:
         """Whether steps of a slot are queued or running."""
         return self._first[slot] is not None

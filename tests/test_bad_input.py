@@ -143,12 +143,14 @@ class TestPredict:
 
     def test_overload_says_when_to_retry(self, repository: Path) -> None:
         with serving(repository, max_queued_steps=10) as served, served.stub() as stub:
-            words = ("max_queued_steps",)
+            words = ("max_queued_steps", "send fewer at once")
             error = refused(lambda: predict(stub, "lstm", [X]), grpc.StatusCode.RESOURCE_EXHAUSTED, *words)
-            assert info_of(details(error)).reason == "OVERLOADED"
-            assert retry_of(details(error)) > 0
-            received = stream(stub, open_stream("lstm"), frame(X))
-            assert code_of(received.errors[0].status) == "RESOURCE_EXHAUSTED"
+            assert info_of(details(error)).reason == "LIMIT"  # to wait would not help
+            received = stream(stub, open_stream("bilstm"), frame(X[:6]), frame(X[6:]))
+            (error,) = received.errors
+            assert (error.position, info_of(error.status).reason) == (6, "OVERLOADED")
+            assert retry_of(error.status) > 0
+            np.testing.assert_array_equal(received.rows(0), run_alone(repository, "bilstm", X[:6]))
 
 
 class TestStreamAsAWhole:

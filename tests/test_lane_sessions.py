@@ -7,6 +7,7 @@ import pytest
 from models.spec import METADATA_KEY, Layout, TensorSpec
 from service.errors import AnswersNotKept, Exhausted, NotFound, Overloaded, SessionExpired, SessionNotFound
 from service.events import Answer, Closed, StepsFailed
+from service.predict import submit_sequences
 from service.sessions import SessionState, Terms
 from tests.lanes import Client, drive, equal, finish, lane_maker, run_alone, steps
 from tests.onnx_models import build
@@ -304,7 +305,7 @@ def test_an_idle_session_of_a_whole_sequence_model_expires_with_what_it_sent(lan
 def predict(lane, client, xs, states=None):
     lengths = [len(x) for x in xs]
     starts = [sum(lengths[:index]) for index in range(len(xs))]
-    lane.submit_sequences(client.link, [np.concatenate(xs)], starts, lengths, states or [None, None], 0.0)
+    submit_sequences(lane, client.link, [np.concatenate(xs)], starts, lengths, states or [None, None], 0.0)
 
 
 def test_sequences_of_a_predict_call_go_beside_live_sessions(lane):

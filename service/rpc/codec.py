@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.spec import Layout, StateSpec, StepMode, TensorSpec
-from service.errors import Exhausted, InvalidInput, ShapeMismatch
+from service.errors import BadValue, Exhausted, InvalidInput, ShapeMismatch
 from service.events import Answer
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
@@ -141,6 +141,8 @@ class LanePlan:
             elif name in self.states:
                 self.states[name].num_rows(tensor, at)
                 states[name] = self.states[name].rows(tensor.data, at)
+                if self.lane.settings.non_finite == "reject" and not np.isfinite(states[name]).all():
+                    raise BadValue(f"{name} has values that are not finite", field=at)
             else:
                 takes = ", ".join([*self.inputs, *self.states])
                 raise InvalidInput(f"no input {tensor.name!r}; {self.lane.name} takes {takes}", field=f"{at}.name")
@@ -237,6 +239,15 @@ def split_answer(answer: Answer, plans: Sequence[TensorPlan], max_bytes: int) ->
         outputs = [rows[s] for rows, s in zip(answer.outputs, side, strict=True)]
         parts += split_answer(Answer(handles, positions, lengths[index], outputs), plans, max_bytes)
     return parts
+
+
+def cut_events(events: pb.StreamAnswer, most: int) -> list[pb.StreamAnswer]:
+    """Cut what happened into messages of at most that many events, in the order opened, errors, closed."""
+    pieces = []
+    for name in ("opened", "errors", "closed"):
+        column = getattr(events, name)
+        pieces += [pb.StreamAnswer(**{name: column[at : at + most]}) for at in range(0, len(column), most)]
+    return pieces
 
 
 def model_message(lane: Lane) -> pb.Model:

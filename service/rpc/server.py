@@ -96,8 +96,9 @@ class Server:
                 return server.add_secure_port(address, _credentials(settings))
             return server.add_insecure_port(address)
         except RuntimeError as error:
+            tls = ", or the certificate and the key don't fit" if settings.tls_cert else ""
             raise ConfigError(
-                f"can't listen on {address}: the port is in use, or the address is not of this machine; "
+                f"can't listen on {address}: the port is in use, or the address is not of this machine{tls}; "
                 "stop the other server, or choose with --host and --port",
                 field="port",
             ) from error

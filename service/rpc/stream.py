@@ -16,7 +16,7 @@ import numpy.typing as npt
 from google.protobuf.duration_pb2 import Duration
 
 from service.engine import Engine
-from service.errors import InvalidInput, ServiceError, SessionNotFound, ShapeMismatch
+from service.errors import Exhausted, InvalidInput, ServiceError, SessionNotFound, ShapeMismatch
 from service.events import Answer, Event, Link, Steps, StepsFailed
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc.codec import (
@@ -24,6 +24,7 @@ from service.rpc.codec import (
     STEP_MODES,
     LanePlan,
     answer_size,
+    cut_events,
     split_answer,
     write_answers,
 )
@@ -36,6 +37,10 @@ Array = npt.NDArray[Any]
 MAX_ANSWER_BYTES = 1024 * 1024
 """Answers are cut above it, so that a client with gRPC's default limit of 4 MiB can read them."""
 TENSORS = pb.StreamFrame.TENSORS_FIELD_NUMBER
+EVENT_BYTES = 256
+"""What an event takes in a message, roughly."""
+MAX_EVENTS = 1024
+"""Most events in a message that is cut."""
 CHECK_STEPS = 1024
 """Steps that are taken between two looks for room, at most."""
 _REASONS = {
@@ -63,7 +68,7 @@ class Stream:
         self._answers: list[Answer] = []
         self._waiting: list[pb.StreamPredictResponse] = []
         self._events = pb.StreamAnswer()
-        self._has_events = False
+        self._num_events = 0
         self._num_unsent_bytes = 0
         self._num_unchecked_steps = 0  # taken since room was last looked for
         self._check_steps = min(lane.settings.max_inflight_steps // 4, CHECK_STEPS)
@@ -104,7 +109,7 @@ class Stream:
                 self._take_columns(frame)
                 return
         except ServiceError as error:
-            self._reject_all([0], error)
+            self._reject_all([0], error, frame)
             return
         self._num_unchecked_steps += num_rows
         self._engine.submit(
@@ -115,21 +120,20 @@ class Stream:
         lane, link = self._lane, self._link
         if not self._has_frames:
             self._has_frames = True
-            if not link.num_opened and not frame.opens:
-                self._open(Terms())
+            if not link.num_opened and not frame.opens and (opened := self._open(Terms())).HasField("status"):
+                self._tell_opened(opened)
         handles = list(frame.handles) or ([0] if frame.tensors else [])
         try:
             steps, states, terms = self._check(frame, handles)
         except ServiceError as error:
-            self._reject_all(handles, error)
+            self._reject_all(handles, error, frame)
             return
         for index, session in enumerate(terms):
             opened = self._open(session)
             if not opened.HasField("status") and not opened.resumed:
                 for state, rows in states.items():
                     lane.slab.write(link.sessions[opened.handle].slot, state, rows[index])
-            self._events.opened.append(opened)
-            self._has_events = True
+            self._tell_opened(opened)
         for handle, position in zip(handles, frame.acked_positions, strict=False):
             if handle in link.sessions:
                 link.sessions[handle].acknowledge(position)
@@ -165,6 +169,9 @@ class Stream:
 
     def _check(self, frame: pb.StreamFrame, handles: list[int]) -> tuple[Steps | None, dict[int, Array], list[Terms]]:
         """Check all that can be checked without touching a session. Raises InvalidInput and its kin."""
+        limit = self._lane.settings.max_steps_per_message
+        if len(frame.opens) + len(frame.closes) > limit:
+            raise Exhausted(f"more opens and closes in one message than max_steps_per_message allows, {limit}")
         terms = [terms_of(session, self._lane.settings) for session in frame.opens]
         inputs, num_rows, states = self._plan.read(frame.tensors, "tensors")
         for name, rows in states.items():
@@ -251,18 +258,36 @@ class Stream:
         )
         self._submit(kept, [handles[index] for index in known])
 
-    def _reject_all(self, handles: list[int], error: ServiceError) -> None:
-        """A frame that is malformed changes nothing: every session that it names is told."""
-        lane = self._lane
-        lane.flush()
-        for handle in dict.fromkeys(handles or [0]):
-            session = self._link.sessions.get(handle)
+    def _reject_all(self, handles: list[int], error: ServiceError, frame: pb.StreamFrame) -> None:
+        """A frame that is malformed changes nothing: every session that it names is told, every open is refused."""
+        link = self._link
+        self._lane.flush()
+        for asked in frame.opens:
+            handle = link.num_opened
+            link.num_opened += 1
+            self._tell_opened(pb.SessionOpened(handle=handle, session_id=asked.session_id, status=status_of(error)))
+        for handle in dict.fromkeys(handles):
+            session = link.sessions.get(handle)
             if session is None:
                 self._on_event(StepsFailed(handle, 0, 0, error, 0, is_over=True))
-            else:
+            elif frame.tensors:
                 position = session.reject_sent(1)
                 self._on_event(StepsFailed(handle, position, 1, error, session.expected))
-        lane.tally.count_rejected(error.reason)
+            else:
+                self._on_event(StepsFailed(handle, session.sent, 0, error, session.expected))
+        if not handles and not frame.opens:
+            expected = link.sessions[0].expected if 0 in link.sessions else 0
+            self._on_event(StepsFailed(0, expected, 0, error, expected))
+        self._lane.tally.count_rejected(error.reason)
+        self._wake()
+
+    def _tell_opened(self, opened: pb.SessionOpened) -> None:
+        self._events.opened.append(opened)
+        self._count_event()
+
+    def _count_event(self) -> None:
+        self._num_events += 1
+        self._num_unsent_bytes += EVENT_BYTES
         self._wake()
 
     # ---- answers ----------------------------------------------------------------------------------------------------
@@ -275,8 +300,8 @@ class Stream:
     async def has_room(self) -> None:
         """Wait while too much is unanswered or unread, so that a client that reads slowly is read from slowly.
 
-        What is queued counts by the size of its answers. A stream of one session may fill half of its queue, so that
-        it is slowed down rather than refused; where there are more, one full queue must not hold up the others.
+        What is queued counts by the size of its answers. A stream of one session is read from no more while half of
+        its queue is full; where there are more, one full queue must not hold up the others, so it is refused.
         """
         settings = self._lane.settings
         while not self._lane.is_whole:
@@ -293,7 +318,7 @@ class Stream:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                while self._answers or self._has_events or self._waiting:
+                while self._answers or self._num_events or self._waiting:
                     for message in self._pack():
                         await context.write(message)
                     self._has_written.set()
@@ -320,11 +345,11 @@ class Stream:
                 status=status_of(event.error),
                 expected_position=event.expected,
             )
-            self._has_events = True
+            self._count_event()
         elif event.state is not SessionState.OPEN:
             reason = pb.CLOSE_REASON_TAKEN_OVER if event.is_taken_over else _REASONS[event.state]
             self._events.closed.add(handle=event.handle, position=event.position, reason=reason)
-            self._has_events = True
+            self._count_event()
         self._wake()
 
     def _wake(self) -> None:
@@ -336,19 +361,23 @@ class Stream:
         messages, self._waiting = self._waiting, []
         answers, self._answers = self._answers, []
         num_bytes, self._num_unsent_bytes = self._num_unsent_bytes, 0
-        groups = [answers] if num_bytes <= MAX_ANSWER_BYTES else self._group(answers)
-        for group in groups:
+        events, self._events = self._events, pb.StreamAnswer()
+        num_events, self._num_events = self._num_events, 0
+        if num_bytes <= MAX_ANSWER_BYTES:  # mostly: all of it is one message
             message = pb.StreamPredictResponse()
-            if self._has_events and group is groups[-1]:
-                message.answer.CopyFrom(self._events)
-                self._events = pb.StreamAnswer()
-                self._has_events = False
-            elif not group:
-                continue
-            if group:
-                write_answers(group, self._output_plans, message.answer)
-            messages.append(message)
-        return messages
+            if num_events:
+                message.answer.CopyFrom(events)
+            if answers:
+                write_answers(answers, self._output_plans, message.answer)
+            if answers or num_events:
+                messages.append(message)
+            return messages
+        pieces = cut_events(pb.StreamAnswer(opened=events.opened), MAX_EVENTS)
+        for group in self._group(answers) if answers else []:
+            pieces.append(pb.StreamAnswer())
+            write_answers(group, self._output_plans, pieces[-1])
+        pieces += cut_events(pb.StreamAnswer(errors=events.errors, closed=events.closed), MAX_EVENTS)
+        return messages + [pb.StreamPredictResponse(answer=piece) for piece in pieces]
 
     def _group(self, answers: list[Answer]) -> list[list[Answer]]:
         """Cut and group answers so that no group is larger than a message should be."""
