@@ -47,7 +47,7 @@ def _guarded(behavior: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, A
             return await behavior(request, context)
         except ServiceError as error:
             await _abort(context, error)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
+        except (asyncio.CancelledError, grpc.aio.BaseError):  # of gRPC itself: aborted, stopped, the client is gone
             raise
         except Exception:
             log.exception("a bug ended a call")
