@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 METADATA_KEY = "rnnserve.spec"
 """Key in the ONNX metadata_props."""
-SCHEMA_VERSION = 1
-"""Raised by a change that an older reader would misread."""
 LENGTHS = "lengths"
 """Graph input [batch] int32: steps of each row; wired to every operator's sequence_lens. Never 0."""
 
@@ -185,7 +183,7 @@ class Spec(_Frozen):
     """All that a model file says of itself."""
 
     schema_version: Literal[1] = 1
-    """Version of this format."""
+    """Version of this format; raised by a change that an older reader would misread."""
     cell: Cell
     """Recurrent cell."""
     activation: str = "tanh"

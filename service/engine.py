@@ -152,7 +152,7 @@ class Engine:
         """Run what has arrived by the short way, if it is one batch that is known to take little time."""
         num_rows = express.num_rows(lane)
         key = (lane, (num_rows - 1).bit_length(), 0)
-        if not num_rows or self._costs.get(key, _UNKNOWN) > self.settings.inline_run_ms / 1000:
+        if not num_rows or not self._is_short(key):
             return False
         boarded = express.board(lane)
         if boarded is None:
@@ -178,7 +178,7 @@ class Engine:
 
     def _dispatch(self, job: _Job) -> None:
         assert self._loop is not None  # noqa: S101  checked by _pump
-        if self._costs.get(job.key, _UNKNOWN) <= self.settings.inline_run_ms / 1000:
+        if self._is_short(job.key):
             try:
                 outcome: _Outcome | RunFailed = job.execute()
             except RunFailed as error:
@@ -208,6 +208,10 @@ class Engine:
             log.exception("a bug in taking the results of a run of %s", lane.name)
             lane.abandon(job.run.batch)
         self.wake()
+
+    def _is_short(self, key: _Key) -> bool:
+        """Whether a run is known to take so little time that it may happen on the loop."""
+        return self._costs.get(key, _UNKNOWN) <= self.settings.inline_run_ms / 1000
 
     def _learn(self, key: _Key, seconds: float) -> None:
         known = self._costs.get(key, seconds)

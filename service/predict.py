@@ -75,8 +75,6 @@ class PredictCall:
         num_steps, num = int(sequences.lengths.sum()), len(sequences.lengths)
         if lane.num_queued_steps + num_steps > lane.settings.max_queued_steps:
             raise lane.overloaded(num_steps)
-        self._num_waiting_steps = num_steps
-        lane.num_waiting_steps += num_steps
         self._outputs = []
         for index in sequences.outputs:
             spec = lane.graph.outputs[index]
@@ -89,6 +87,8 @@ class PredictCall:
         self._states = (
             [np.empty((num, *s.row_shape), dtype=s.dtype) for s in lane.graph.states] if sequences.return_state else []
         )
+        self._num_waiting_steps = num_steps  # counted last: nothing that can fail comes between this and `withdraw`
+        lane.num_waiting_steps += num_steps
 
     @property
     def is_fed(self) -> bool:
