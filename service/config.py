@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     max_message_bytes: Positive = 16 * 1024 * 1024
     """Largest request message."""
     max_steps_per_message: Positive = 65_536
-    """Most steps in one message, over all of its sequences."""
+    """Most steps in one message, over all of its sequences; and most opens and closes."""
     max_inflight_steps: Positive = 16_384
     """Most steps of one session that are queued, or kept for a model that needs the whole sequence."""
     max_queued_steps: Positive = 1_048_576

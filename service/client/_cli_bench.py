@@ -45,7 +45,7 @@ def bench(
     from service.client.load import Load, drive
 
     target = options["server"]
-    if options["tls"] or options["ca"]:
+    if any(options[name] for name in ("tls", "ca", "cert", "key")):
         raise click.UsageError("bench speaks to servers without TLS only")
     ramp = _ramp(streams)
     with client_of(options) as client:
