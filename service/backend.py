@@ -127,6 +127,13 @@ class Backend:
             raise RunFailed(f"onnxruntime failed: {_one_line(error)}") from error
         return results[: self._num_outputs], results[self._num_outputs :]
 
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
+        """Bind buffers to every input, `lengths` and states included, and every output of a run of one shape.
+
+        They must be contiguous and of the spec's dtypes, and stay where they are.
+        """
+        return Bound(self._session, inputs, outputs)
+
     def probe(self, max_rows: int) -> Exactness:
         """Measure whether neighbours, or cuts in time, change a sequence's numbers.
 
@@ -247,6 +254,31 @@ class Backend:
             for t, column in zip(self.graph.outputs, zip(*parts, strict=True), strict=True)
         ]
         return joined + [s[0] for s in states]
+
+
+class Bound:
+    """A run whose inputs and outputs are buffers known beforehand: no array is made, and no name looked up.
+
+    It costs about half of Backend.run where the batch is small (I/O binding of onnxruntime).
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._buffers = [*inputs.values(), *outputs.values()]  # only their addresses are known to onnxruntime
+        for name, x in inputs.items():
+            self._binding.bind_input(name, "cpu", 0, x.dtype.type, x.shape, x.ctypes.data)
+        for name, y in outputs.items():
+            self._binding.bind_output(name, "cpu", 0, y.dtype.type, y.shape, y.ctypes.data)
+
+    def run(self) -> None:
+        """Read the inputs and fill the outputs. Raises RunFailed."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise RunFailed(f"onnxruntime failed: {_one_line(error)}") from error
 
 
 def _present(provider: str) -> list[str]:

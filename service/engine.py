@@ -163,7 +163,7 @@ class Engine:
             return False  # nothing has changed; the long way finds out whose fault it is
         self._learn(key, outcome.seconds)
         try:
-            express.arrive(boarded, outcome.outputs, outcome.states, self.clock(), outcome.seconds)
+            express.arrive(boarded, outcome.outputs, self.clock(), outcome.seconds)
         except Exception:
             log.exception("a bug in taking the results of a run of %s", lane.name)
         self.wake()
@@ -203,7 +203,7 @@ class Engine:
                 lane.fail(job.run, now)
             else:
                 self._learn(job.key, outcome.seconds)
-                lane.complete(job.run, outcome.outputs, outcome.states, now, outcome.seconds)
+                lane.complete(job.run, outcome.outputs, now, outcome.seconds)
         except Exception:
             log.exception("a bug in taking the results of a run of %s", lane.name)
             lane.abandon(job.run.batch)
@@ -232,7 +232,6 @@ _Key = tuple[Lane, int, int]
 
 class _Outcome(NamedTuple):
     outputs: list[Array]
-    states: list[Array]
     seconds: float
 
 
@@ -248,5 +247,5 @@ class _Job:
 
     def execute(self) -> _Outcome:
         began = time.perf_counter()
-        outputs, states = self.run.execute()
-        return _Outcome(outputs, states, time.perf_counter() - began)
+        outputs = self.run.execute()
+        return _Outcome(outputs, time.perf_counter() - began)

@@ -80,11 +80,10 @@ def board(lane: Lane) -> Express | None:
     return Express(lane, messages, sessions, positions, lane.runs.make(batch))
 
 
-def arrive(express: Express, outputs: list[Array], next_states: list[Array], now: float, seconds: float) -> None:
-    """Take the results of the run: move states and sessions, answer links."""
+def arrive(express: Express, outputs: list[Array], now: float, seconds: float) -> None:
+    """Take the results of the run: move sessions, answer links."""
     lane, num = express.lane, len(express.sessions)
     lane.inbox = []
-    lane.slab.scatter(express.run.slots, next_states)
     lane.tally.count_run(num, num, seconds)
     for session in express.sessions:
         session.sent = session.expected = session.applied = session.expected + 1

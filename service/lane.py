@@ -29,10 +29,10 @@ from service.errors import (
 )
 from service.events import Answer, Closed, Event, Link, Steps, StepsFailed
 from service.inputs import bad_entries, bad_rows
+from service.runner import Runner
 from service.runs import Run, RunMaker
 from service.scheduler import Batch, BatchConfig, Dropped, Scheduler
 from service.sessions import Session, SessionState, SessionTable, Terms, admit
-from service.slots import StateSlab
 from service.tally import Tally
 
 Array = npt.NDArray[Any]
@@ -58,7 +58,8 @@ class Lane:
         is_coupled = exactness.verdict == "coupled" and not settings.batch_coupled_models
         # Cancelled sequences hold their slot until the run that they are in completes: room for one batch of them.
         num_slots = settings.max_sessions + settings.max_predict_sequences + settings.max_batch_rows
-        self.slab = StateSlab([(s.row_shape, s.dtype) for s in self.graph.states], num_slots)
+        self.runner = Runner(backend, num_slots, settings.max_batch_rows)
+        self.slab = self.runner.slab
         self.sessions = SessionTable()
         self.scheduler = Scheduler(
             num_slots,
@@ -72,7 +73,7 @@ class Lane:
         """Sequences of Predict calls that hold a slot."""
         self.num_waiting_steps = 0
         """Steps of those that wait for one."""
-        self.runs = RunMaker(backend, self.slab, settings.max_batch_rows)
+        self.runs = RunMaker(backend, self.runner, settings.max_batch_rows)
         self.row_types = [(np.dtype(t.dtype), (-1, *t.row_shape)) for t in self.step_inputs]
         self.inbox: list[Steps] = []
         """What has arrived and is not queued."""
@@ -169,7 +170,7 @@ class Lane:
             return
         closed = Closed(session.handle, session.applied, state, is_taken_over)
         if link.wants_states:
-            closed.final_states = [row[0] for row in self.slab.gather(np.array([session.slot]))]
+            closed.final_states = [row[0] for row in self.slab.read(np.array([session.slot]))]
         link.sessions.pop(session.handle, None)
         link.members.discard(session)
         link.sink(closed)
@@ -311,12 +312,11 @@ class Lane:
                     self._fail(self.sessions.by_slot[slot], error, SessionState.FAILED)
             self.slab.free(np.array(sorted(self.scheduler.complete(batch))))
 
-    def complete(self, run: Run, outputs: list[Array], next_states: list[Array], now: float, seconds: float) -> None:
-        """Take the results of a run: move states, answer links, end what drains."""
+    def complete(self, run: Run, outputs: list[Array], now: float, seconds: float) -> None:
+        """Take the results of a run: answer links, end what drains."""
         batch = run.batch
         self.tally.count_run(len(batch.slots), sum(batch.counts), seconds)
         cancelled = self.scheduler.complete(batch)
-        self.slab.scatter(run.slots, next_states)
         if cancelled:
             self.slab.free(np.array(sorted(cancelled)))
         by_slot = self.sessions.by_slot
@@ -359,7 +359,7 @@ class Lane:
         for index, slot in enumerate(run.batch.slots):
             part = self.runs.make(run.batch.row(index))
             try:
-                outputs, states = part.execute()
+                outputs = part.execute()
             except RunFailed as error:
                 session = self.sessions.by_slot.get(slot)
                 if session is not None:
@@ -367,7 +367,7 @@ class Lane:
                 self.scheduler.complete(part.batch)
                 self.slab.free(part.slots)
             else:
-                self.complete(part, outputs, states, now, 0.0)
+                self.complete(part, outputs, now, 0.0)
 
     def _tell_expired(self, dropped: Dropped, now: float) -> None:
         session = self.sessions.by_slot[dropped.slot]

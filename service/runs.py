@@ -12,43 +12,42 @@ import numpy.typing as npt
 from models.spec import GraphSpec, Layout, StepMode
 from service.backend import Backend
 from service.events import Answer, Link
+from service.runner import Runner
 from service.scheduler import Batch
 from service.sessions import Kept, Session
-from service.slots import Slots, StateSlab
+from service.slots import Slots
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(slots=True)
 class Run:
-    """One run of the backend, ready to execute on any thread."""
+    """One run of a model, ready to execute on any thread."""
 
-    backend: Backend
+    runner: Runner
     batch: Batch
     slots: Slots
     inputs: dict[str, Array]
     lengths: Array
-    states: list[Array]
 
-    def execute(self) -> tuple[list[Array], list[Array]]:
-        """Compute (outputs, next states). Raises RunFailed."""
-        return self.backend.run(self.inputs, self.lengths, self.states)
+    def execute(self) -> list[Array]:
+        """Move the states on and return the outputs. Raises RunFailed, leaving the states as they were."""
+        return self.runner.run(self.slots, self.inputs, self.lengths)
 
 
 class RunMaker:
     """Makes the runs of one model version, and the answers from their outputs."""
 
-    def __init__(self, backend: Backend, slab: StateSlab, max_rows: int) -> None:
+    def __init__(self, backend: Backend, runner: Runner, max_rows: int) -> None:
         graph: GraphSpec = backend.graph
-        self._backend = backend
-        self._slab = slab
+        self._runner = runner
         self._names = [t.name for t in graph.inputs if t.layout is Layout.PER_STEP]
         self._is_per_step = [t.layout is Layout.PER_STEP for t in graph.outputs]
         self._is_whole = backend.spec.step_mode[0] is StepMode.BUFFERED
         self._ones = np.ones(max_rows, dtype=np.int32)
 
     def make(self, batch: Batch) -> Run:
-        """Gather states and rows. A batch's payloads are lists of arrays: each per-step input [rows, ...]."""
+        """Gather rows. A batch's payloads are lists of arrays: each per-step input [rows, ...]."""
         num_rows = len(batch.slots)
         slots = np.array(batch.slots, dtype=np.int64)
         lengths = self._ones[:num_rows] if batch.steps == 1 else np.array(batch.counts, dtype=np.int32)
@@ -59,7 +58,7 @@ class RunMaker:
         for index, name in enumerate(self._names):
             parts = [self._rows(payload[index], batch, at) for payload, at in segments]
             inputs[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return Run(self._backend, batch, slots, inputs, lengths, self._slab.gather(slots))
+        return Run(self._runner, batch, slots, inputs, lengths)
 
     @staticmethod
     def _rows(x: Array, batch: Batch, at: slice) -> Array:

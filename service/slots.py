@@ -3,7 +3,7 @@
 Laws:
     a slot is either free or allocated; allocating more than are free raises and changes nothing
     a newly allocated slot's rows are zeros
-    gather(slots) after scatter(slots, values) gives values, bit for bit; other rows don't change
+    read(slots) after scatter(slots, values) gives values, bit for bit; other rows don't change
 
 The arrays are made at full capacity. They come from the operating system as untouched zero pages, so a slot that was
 never used costs no memory, and there is no growing, hence no pause for it. The lowest slots are used first.
@@ -69,9 +69,14 @@ class StateSlab:
         self._is_allocated[slots] = False
         self._returned.extend(slots.tolist())
 
-    def gather(self, slots: Slots) -> list[Array]:
+    def read(self, slots: Slots) -> list[Array]:
         """Copy rows out: for each state [len(slots), *row shape], in the order of slots."""
         return [array.take(slots, axis=0) for array in self._arrays]
+
+    def gather(self, slots: Slots, buffers: Sequence[Array]) -> None:
+        """Copy rows out, into one buffer [len(slots), *row shape] a state."""
+        for array, buffer in zip(self._arrays, buffers, strict=True):
+            array.take(slots, axis=0, out=buffer, mode="clip")  # any other mode fills a copy of the buffer first
 
     def scatter(self, slots: Slots, values: Sequence[Array]) -> None:
         """Copy rows in: the inverse of gather."""

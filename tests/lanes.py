@@ -100,11 +100,11 @@ def drive(lane: Lane, now: float = 0.0) -> None:
 def finish(lane: Lane, run: Run, now: float = 0.0) -> None:
     """Execute a run that was begun, and hand its results to the lane."""
     try:
-        outputs, states = run.execute()
+        outputs = run.execute()
     except RunFailed:
         lane.fail(run, now)
     else:
-        lane.complete(run, outputs, states, now, 0.0)
+        lane.complete(run, outputs, now, 0.0)
 
 
 def steps(seed: int, count: int) -> Rows:

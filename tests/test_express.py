@@ -30,7 +30,7 @@ def ride(lane: Lane) -> express.Express | None:
         return None
     boarded = express.board(lane)
     if boarded is not None:
-        express.arrive(boarded, *boarded.run.execute(), 0.0, 0.0)
+        express.arrive(boarded, boarded.run.execute(), 0.0, 0.0)
     return boarded
 
 

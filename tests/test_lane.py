@@ -32,14 +32,14 @@ def lane(lane_of):
 
 
 def fail_on_mark(lane, monkeypatch):
-    run = lane.backend.run
+    run = lane.runner.run
 
-    def fails(inputs, lengths, states):
+    def fails(slots, inputs, lengths):
         if (inputs["x"] == MARK).any():
             raise RunFailed("the mark was in it")
-        return run(inputs, lengths, states)
+        return run(slots, inputs, lengths)
 
-    monkeypatch.setattr(lane.backend, "run", fails)
+    monkeypatch.setattr(lane.runner, "run", fails)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

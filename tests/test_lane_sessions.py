@@ -187,8 +187,8 @@ def test_a_kept_answer_keeps_nothing_else_of_its_run(lane):
     others.send({others.open(): steps(seed, 1) for seed in range(5)})
     lane.flush()
     run = lane.next_run(0.0)
-    outputs, states = run.execute()
-    lane.complete(run, outputs, states, 0.0, 0.0)
+    outputs = run.execute()
+    lane.complete(run, outputs, 0.0, 0.0)
     [kept] = client.link.sessions[0].kept
     assert not np.shares_memory(kept.outputs[0], outputs[0])
     equal(kept.outputs[0], outputs[0][0])

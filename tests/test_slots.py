@@ -31,7 +31,7 @@ def test_a_new_slot_is_zero_though_its_last_owner_wrote_to_it():
     slab.free(first[:1])
     again = slab.allocate(1)
     assert again.tolist() == first[:1].tolist()
-    for values, (shape, dtype) in zip(slab.gather(again), STATES, strict=True):
+    for values, (shape, dtype) in zip(slab.read(again), STATES, strict=True):
         np.testing.assert_array_equal(values, np.zeros((1, *shape), dtype), strict=True)
 
 
@@ -66,8 +66,8 @@ def test_freeing_what_is_not_allocated_is_a_bug_and_changes_nothing(slots):
 def test_gathered_rows_are_a_copy():
     slab = StateSlab(STATES, 2)
     slots = slab.allocate(2)
-    slab.gather(slots)[0][:] = 7
-    assert not slab.gather(slots)[0].any()
+    slab.read(slots)[0][:] = 7
+    assert not slab.read(slots)[0].any()
 
 
 def test_slots_that_were_never_used_cost_no_memory():
@@ -139,18 +139,21 @@ class SlabMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
-    def gather_in_any_order(self, data):
+    def read_in_any_order(self, data):
         slots = self.some(data)
-        gathered = self.slab.gather(slots)
+        gathered = self.slab.read(slots)
+        buffers = [np.full_like(values, 7) for values in gathered]
+        self.slab.gather(slots, buffers)
         for row, slot in enumerate(slots.tolist()):
             assert [values[row].tobytes() for values in gathered] == self.rows[slot]
+            assert [values[row].tobytes() for values in buffers] == self.rows[slot]
 
     @invariant()
     def every_row_and_count_is_as_expected(self):
         assert self.slab.num_allocated == len(self.rows)
         assert self.slab.num_free == self.capacity - len(self.rows)
         slots = sorted(self.rows)
-        gathered = self.slab.gather(np.array(slots, dtype=np.int64))
+        gathered = self.slab.read(np.array(slots, dtype=np.int64))
         for row, slot in enumerate(slots):
             assert [values[row].tobytes() for values in gathered] == self.rows[slot]
 
