@@ -43,6 +43,7 @@ class Engine:
         self._lanes: dict[str, dict[int, Lane]] = {}
         self._turns: deque[Lane] = deque()
         self._waiting: dict[Lane, deque[PredictCall]] = {}
+        self._links: set[Link] = set()  # of streams
         self._costs: dict[_Key, float] = {}
         self._is_awake = False
         self._is_on_thread = False
@@ -95,10 +96,17 @@ class Engine:
         if self.is_draining:
             raise Unavailable("this server is stopping: use another one, or try again after a while", retry_after_s=1.0)
 
+    def attach(self, link: Link) -> None:
+        """Count a stream, until it is dropped."""
+        self._links.add(link)
+
     def submit(self, lane: Lane, steps: Steps) -> None:
         """Take steps of live sessions; their answers come to the link as events."""
         lane.submit(steps, self.clock())
-        self.wake()
+        if len(self._links) == 1 and not self._is_awake and not self._is_on_thread:
+            self._pump()  # there is nobody to wait for
+        else:
+            self.wake()
 
     async def predict(self, lane: Lane, sequences: Sequences) -> Prediction:
         """Run whole sequences. Cancelling it frees what they hold."""
@@ -116,6 +124,7 @@ class Engine:
 
     def drop(self, lane: Lane, link: Link) -> None:
         """A link is gone: free what it holds."""
+        self._links.discard(link)
         lane.drop(link, self.clock())
         self.wake()
 
@@ -150,23 +159,26 @@ class Engine:
 
     def _run_express(self, lane: Lane) -> bool:
         """Run what has arrived by the short way, if it is one batch that is known to take little time."""
-        num_rows = express.num_rows(lane)
+        num_messages, num_rows = express.num_rows(lane)
         key = (lane, (num_rows - 1).bit_length(), 0)
         if not num_rows or not self._is_short(key):
             return False
-        boarded = express.board(lane)
+        boarded = express.board(lane, num_messages)
         if boarded is None:
             return False
+        began = time.perf_counter()
         try:
-            outcome = _Job(lane, boarded.run).execute()
+            outputs = boarded.execute()
         except RunFailed:
             return False  # nothing has changed; the long way finds out whose fault it is
-        self._learn(key, outcome.seconds)
+        seconds = time.perf_counter() - began
+        self._learn(key, seconds)
         try:
-            express.arrive(boarded, outcome.outputs, self.clock(), outcome.seconds)
+            express.arrive(boarded, outputs, self.clock(), seconds)
         except Exception:
             log.exception("a bug in taking the results of a run of %s", lane.name)
-        self.wake()
+        if any(each.inbox or each.scheduler.num_ready or self._waiting[each] for each in self._turns):
+            self.wake()
         return True
 
     def _feed(self, lane: Lane, now: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.events import Steps
+from service.events import NEVER, Steps
 from service.sessions import Session
 
 Array = npt.NDArray[Any]
@@ -58,7 +58,7 @@ def join(messages: list[Steps], sessions: list[Session], row_types: Sequence[Row
         for message in messages:
             positions.extend(message.positions or [None] * len(message.sessions))
     deadlines = None
-    if any(message.has_deadline for message in messages):
+    if any(message.deadline != NEVER for message in messages):
         deadlines = [message.deadline for message in messages for _ in message.sessions]
     inputs = []
     for index, (dtype, shape) in enumerate(row_types):

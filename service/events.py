@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from service.crews import Crew
 from service.errors import ServiceError
 from service.sessions import Session, SessionState
 
@@ -77,6 +78,10 @@ class Link:
     """Those, and the draining ones."""
     num_opened: int = 0
     """Handles given out."""
+    version: int = 0
+    """Grows whenever `sessions` changes."""
+    crew: Crew | None = None
+    """Sessions that are together, if any are."""
 
     @property
     def num_unanswered(self) -> int:
@@ -98,8 +103,6 @@ class Steps:
     inputs: list[bytes]
     """Per-step inputs in the model's order, each [sum(lengths), ...] as raw bytes."""
     deadline: float = NEVER
-
-    @property
-    def has_deadline(self) -> bool:
-        """Whether the steps may come too late to be run."""
-        return self.deadline != NEVER
+    crew: Crew | None = None
+    """The sessions, if they have come one step each in frame after frame."""
+    arrived_at: float = 0.0

@@ -1,9 +1,10 @@
 """The short way of most steps: what has arrived is one batch, and nothing stands before it.
 
 One step each of sessions that have nothing queued, in a lane where nothing is queued or running, is a batch already:
-entries, queues and turns would be made only to be taken apart again. `board` looks whether that is so, and touches
-nothing; `arrive` moves the sessions on. In between nothing else may happen to the lane, so the run must be short enough
-for the event loop. Whatever does not qualify takes the long way through Lane.flush, with the same results.
+entries, queues and turns would be made only to be taken apart again. `board` looks whether that is so, and changes
+nothing that can be seen; `arrive` moves the sessions on. In between nothing else may happen to the lane, so the run
+must be short enough for the event loop. Whatever does not qualify takes the long way through Lane.flush, with the same
+results.
 """
 
 from __future__ import annotations
@@ -11,89 +12,118 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from service.entries import join
-from service.events import Answer, Steps
+from service.crews import Crew
+from service.events import NEVER, Answer, Steps
 from service.inputs import bad_rows
 from service.lane import Lane
-from service.runs import Run
-from service.scheduler import Batch
-from service.sessions import Session
+from service.slots import Slots
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(slots=True)
 class Express:
-    """A batch that is made of the messages in a lane's inbox."""
+    """A batch that is made of messages in a lane's inbox."""
 
     lane: Lane
     messages: list[Steps]
-    sessions: list[Session]
-    positions: list[int]
-    run: Run
+    slots: Slots
+    inputs: dict[str, Array]
+
+    def execute(self) -> list[Array]:
+        """Compute the outputs, [rows, 1, ...] and [rows, ...]. Raises RunFailed."""
+        return self.lane.runner.run(self.slots, self.inputs, self.lane.runs.ones[: len(self.slots)])
 
 
-def num_rows(lane: Lane) -> int:
-    """Sessions that the inbox has steps for; 0 where they can't all go by the short way."""
+def num_rows(lane: Lane) -> tuple[int, int]:
+    """Messages of the inbox, from its front, that can go together by the short way, and their sessions; or (0, 0)."""
     if lane.scheduler.num_queued_steps or lane.is_whole or lane.sessions.num_replaying:
-        return 0
-    num = 0
-    for message in lane.inbox:
-        if message.lengths is not None or message.has_deadline or message.link.emit_last:
-            return 0
-        num += len(message.sessions)
+        return 0, 0
     limit = min(lane.scheduler.config.max_rows, lane.settings.max_queued_steps)
-    return num if num <= limit else 0
+    messages = rows = 0
+    for message in lane.inbox:
+        if message.lengths is not None or message.deadline != NEVER or message.link.emit_last:
+            return 0, 0
+        rows += len(message.sessions)
+        if rows > limit:
+            return messages, rows - len(message.sessions)
+        messages += 1
+    return messages, rows
 
 
-def board(lane: Lane) -> Express | None:
-    """Make a batch of the inbox, or None, leaving it as it was, where an entry needs a closer look."""
-    messages = lane.inbox
-    if len(messages) == 1:
-        sessions = messages[0].sessions
-    else:
-        sessions = [session for message in messages for session in message.sessions]
-        if len(set(sessions)) < len(sessions):
-            return None
-    positions = [session.expected for session in sessions]
-    entries = join(messages, sessions, lane.row_types)
-    sent = [session.sent for session in sessions]
-    if entries.positions is not None:
-        sent = [after if given is None else given for given, after in zip(entries.positions, sent, strict=True)]
-    if sent != positions:
-        return None
+def board(lane: Lane, num_messages: int) -> Express | None:
+    """Make a batch of the first messages of the inbox, or None where an entry needs a closer look."""
+    messages = lane.inbox[:num_messages]
+    if num_messages > 1 and len({message.link for message in messages}) < num_messages:
+        return None  # a session may be in two of them
+    numbers: list[int] = []
+    parts: list[Slots] = []
+    for message in messages:
+        crew, link = message.crew, message.link
+        if link.crew is not crew and link.crew is not None:
+            lane.part(link)
+        if crew is not None:
+            if not _is_ready(lane, crew, message):
+                return None
+            if numbers:
+                parts.append(np.array(numbers, dtype=np.int64))
+                numbers = []
+            parts.append(crew.slots)
+            continue
+        positions = message.positions
+        for index, session in enumerate(message.sessions):
+            sent = session.sent if positions is None or positions[index] is None else positions[index]
+            if sent != session.expected:
+                return None
+            numbers.append(session.slot)
+    if numbers:
+        parts.append(np.array(numbers, dtype=np.int64))
+    slots = parts[0] if len(parts) == 1 else np.concatenate(parts)
     passes = lane.settings.non_finite == "pass"
-    for tensor, x in zip(lane.step_inputs, entries.inputs, strict=True):
+    inputs = {}
+    for index, (tensor, (dtype, shape)) in enumerate(zip(lane.step_inputs, lane.row_types, strict=True)):
+        data = messages[0].inputs[index] if num_messages == 1 else b"".join([m.inputs[index] for m in messages])
+        x = np.frombuffer(data, dtype).reshape(shape)
         if bad_rows(tensor, x, passes_non_finite=passes) is not None:
             return None
-    num = len(sessions)
-    batch = Batch(
-        slots=[session.slot for session in sessions],
-        counts=entries.lengths,
-        starts=entries.starts,
-        steps=1,
-        is_last=[],
-        payloads=[entries.inputs] * num,
-    )
-    return Express(lane, messages, sessions, positions, lane.runs.make(batch))
+        inputs[tensor.name] = x[:, None]
+    return Express(lane, messages, slots, inputs)
+
+
+def _is_ready(lane: Lane, crew: Crew, message: Steps) -> bool:
+    """Whether a crew is or comes together, and these are its next steps."""
+    if not crew.is_together:
+        if not crew.gather():
+            return False
+        message.link.crew = crew
+        lane.together.append(message.link)
+    return message.positions is None or crew.expects(message.positions)
 
 
 def arrive(express: Express, outputs: list[Array], now: float, seconds: float) -> None:
     """Take the results of the run: move sessions, answer links."""
-    lane, num = express.lane, len(express.sessions)
-    lane.inbox = []
+    lane, num = express.lane, len(express.slots)
+    del lane.inbox[: len(express.messages)]
     lane.tally.count_run(num, num, seconds)
-    for session in express.sessions:
-        session.sent = session.expected = session.applied = session.expected + 1
-        session.used_at = now
-    outputs = lane.runs.flatten(express.run.batch, outputs)
+    outputs = [y[:, 0] if is_per_step else y for y, is_per_step in zip(outputs, lane.is_output_per_step, strict=True)]
     start = 0
     for message in express.messages:
-        stop = start + len(message.sessions)
-        link = message.link
+        crew, link, sessions = message.crew, message.link, message.sessions
+        stop = start + len(sessions)
+        if crew is not None:
+            handles, positions = crew.handles, crew.positions()
+            crew.advance(now)
+        else:
+            handles, positions = [], []
+            for session in sessions:
+                position = session.expected
+                handles.append(session.handle)
+                positions.append(position)
+                session.sent = session.expected = session.applied = position + 1
+                session.used_at = now
         rows = [outputs[index][start:stop] for index in link.outputs]
-        handles = [session.handle for session in message.sessions]
-        link.sink(Answer(handles, express.positions[start:stop], [1] * (stop - start), rows))
+        link.sink(Answer(handles, positions, [1] * len(positions), rows))
         start = stop

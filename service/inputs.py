@@ -44,11 +44,15 @@ def bad_value(tensor: TensorSpec, row: Array, step: int) -> BadValue:
 
 
 def bad_entries(
-    tensor: TensorSpec, x: Array, is_bad: npt.NDArray[np.bool_], starts: Sequence[int]
+    tensors: Sequence[TensorSpec], inputs: Sequence[Array], starts: Sequence[int], *, passes_non_finite: bool
 ) -> dict[int, BadValue]:
-    """Say what is wrong with each entry [starts[i], starts[i + 1]) of x that has a bad row."""
-    errors = {}
-    for entry in np.flatnonzero(np.logical_or.reduceat(is_bad, starts)).tolist():
-        step = int(np.argmax(is_bad[starts[entry] :]))
-        errors[entry] = bad_value(tensor, x[starts[entry] + step], step)
+    """Say what is wrong with each entry, rows [starts[i], starts[i + 1]) of every input, that has a bad row."""
+    errors: dict[int, BadValue] = {}
+    for tensor, x in zip(tensors, inputs, strict=True):
+        is_bad = bad_rows(tensor, x, passes_non_finite=passes_non_finite)
+        if is_bad is None:
+            continue
+        for entry in np.flatnonzero(np.logical_or.reduceat(is_bad, starts)).tolist():
+            step = int(np.argmax(is_bad[starts[entry] :]))
+            errors.setdefault(entry, bad_value(tensor, x[starts[entry] + step], step))
     return errors

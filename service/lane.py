@@ -27,8 +27,8 @@ from service.errors import (
     SessionExpired,
     StepAborted,
 )
-from service.events import Answer, Closed, Event, Link, Steps, StepsFailed
-from service.inputs import bad_entries, bad_rows
+from service.events import Answer, Closed, Link, Steps, StepsFailed
+from service.inputs import bad_entries
 from service.runner import Runner
 from service.runs import Run, RunMaker
 from service.scheduler import Batch, BatchConfig, Dropped, Scheduler
@@ -37,7 +37,6 @@ from service.tally import Tally
 
 Array = npt.NDArray[Any]
 OVERLOAD_RETRY_S = 0.25
-OPEN, DRAINING = SessionState.OPEN, SessionState.DRAINING
 
 
 class Lane:
@@ -77,6 +76,8 @@ class Lane:
         self.row_types = [(np.dtype(t.dtype), (-1, *t.row_shape)) for t in self.step_inputs]
         self.inbox: list[Steps] = []
         """What has arrived and is not queued."""
+        self.together: list[Link] = []
+        """Links whose sessions are together."""
         self._detaching: set[Session] = set()  # they linger once what is queued is answered
         self._gathered = Gathered()
 
@@ -113,6 +114,7 @@ class Lane:
             self.sessions.resume(session, link, handle, terms, now)
             was_live = True
         link.sessions[handle] = session
+        link.version += 1
         link.members.add(session)
         return handle, session.expected, was_live
 
@@ -123,6 +125,7 @@ class Lane:
             raise NotFound(f"handle {handle} is not open on this stream", field="closes")
         self.flush()
         del link.sessions[handle]
+        link.version += 1
         self.sessions.drain(session)
         if inputs := self._gathered.take(session):
             self.scheduler.submit([session.slot], [len(inputs[0])], [0], inputs)
@@ -143,11 +146,12 @@ class Lane:
     def drop(self, link: Link, now: float) -> None:
         """The connection is gone: free every session at once, or detach it if it lingers."""
         self.flush()
-        link.sink = _ignore
+        link.sink = lambda _: None
         for session in list(link.members):
             if not self.sessions.detach(session, now):
                 self._end(session, SessionState.CLOSED)
         link.sessions.clear()
+        link.version += 1
         link.members.clear()
 
     def expire(self, now: float) -> None:
@@ -172,6 +176,7 @@ class Lane:
         if link.wants_states:
             closed.final_states = [row[0] for row in self.slab.read(np.array([session.slot]))]
         link.sessions.pop(session.handle, None)
+        link.version += 1
         link.members.discard(session)
         link.sink(closed)
 
@@ -205,12 +210,13 @@ class Lane:
 
     def submit(self, steps: Steps, now: float) -> None:
         """Take steps; they are queued by the next `flush`, together with what else has arrived by then."""
+        steps.arrived_at = now
         self.inbox.append(steps)
-        for session in steps.sessions:
-            session.used_at = now
 
     def flush(self) -> None:
-        """Queue what has arrived."""
+        """Queue what has arrived, and let every session count for itself."""
+        while self.together:
+            self.part(self.together[-1])
         if not self.inbox:
             return
         inbox, self.inbox = self.inbox, []
@@ -224,9 +230,18 @@ class Lane:
             for steps in inbox:
                 self._queue([steps], steps.sessions)
 
+    def part(self, link: Link) -> None:
+        """Part the sessions of a link that are together."""
+        if link.crew is not None:
+            link.crew.part()
+            link.crew = None
+        self.together.remove(link)
+
     def _queue(self, messages: list[Steps], sessions: list[Session]) -> None:
         """Admit and schedule entries, one a session."""
         entries = join(messages, sessions, self.row_types)
+        for session in sessions:
+            session.used_at = messages[0].arrived_at
         faults = self._faults(entries)
         admission = admit(sessions, entries.lengths, entries.positions, self.settings.max_inflight_steps, faults)
         if admission is not None:
@@ -253,11 +268,7 @@ class Lane:
             sums = enumerate(accumulate(lengths))
             faults = {index: self.overloaded(lengths[index]) for index, sum_ in sums if sum_ > room}
         passes = self.settings.non_finite == "pass"
-        for tensor, x in zip(self.step_inputs, entries.inputs, strict=True):
-            if (is_bad := bad_rows(tensor, x, passes_non_finite=passes)) is not None:
-                for index, error in bad_entries(tensor, x, is_bad, entries.starts).items():
-                    faults.setdefault(index, error)
-        return faults
+        return bad_entries(self.step_inputs, entries.inputs, entries.starts, passes_non_finite=passes) | faults
 
     def overloaded(self, num_steps: int) -> ServiceError:
         """Say that the queue has no room for so many steps, now or ever."""
@@ -337,7 +348,7 @@ class Lane:
                 rows_of[link].append(row)
             else:
                 rows_of[link] = [row]
-            if session.state is DRAINING:
+            if session.state is SessionState.DRAINING:
                 ending.append(session)
         outputs = self.runs.flatten(batch, outputs)
         if self.sessions.num_replaying:
@@ -380,11 +391,7 @@ class Lane:
             if count:
                 self._tell_failed(session, position, count, error)
             position += count
-        if session.state is DRAINING:
+        if session.state is SessionState.DRAINING:
             self._end(session, SessionState.CLOSED)
         elif session in self._detaching:
             self._detach(session, now)
-
-
-def _ignore(event: Event) -> None:
-    """Take the events of a link that is gone."""

@@ -44,13 +44,14 @@ class RunMaker:
         self._names = [t.name for t in graph.inputs if t.layout is Layout.PER_STEP]
         self._is_per_step = [t.layout is Layout.PER_STEP for t in graph.outputs]
         self._is_whole = backend.spec.step_mode[0] is StepMode.BUFFERED
-        self._ones = np.ones(max_rows, dtype=np.int32)
+        self.ones = np.ones(max_rows, dtype=np.int32)
+        """Lengths of a run of one step."""
 
     def make(self, batch: Batch) -> Run:
         """Gather rows. A batch's payloads are lists of arrays: each per-step input [rows, ...]."""
         num_rows = len(batch.slots)
         slots = np.array(batch.slots, dtype=np.int64)
-        lengths = self._ones[:num_rows] if batch.steps == 1 else np.array(batch.counts, dtype=np.int32)
+        lengths = self.ones[:num_rows] if batch.steps == 1 else np.array(batch.counts, dtype=np.int32)
         payloads = batch.payloads
         is_one = len(set(map(id, payloads))) == 1  # payloads are lists of arrays, which == can't compare
         segments = [(payloads[0], slice(0, num_rows))] if is_one else _segments(payloads)

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from models.spec import Layout, StateSpec, StepMode, TensorSpec
 from service.errors import BadValue, Exhausted, InvalidInput, ShapeMismatch
-from service.events import Answer
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.tensors import check_lengths, decode, encode
@@ -44,8 +43,6 @@ EXACTNESS = {
 }
 MAX_NAME_BYTES = 256
 _IS_LITTLE = sys.byteorder == "little"
-ENTRY_BYTES = 16
-"""What an entry's columns take in a message, roughly."""
 
 
 class TensorPlan:
@@ -100,6 +97,8 @@ class LanePlan:
         self.lane = lane
         self.inputs = {t.name: TensorPlan(t) for t in lane.step_inputs}
         self.states = {s.name: TensorPlan(s) for s in lane.graph.states}
+        self.takes_any_bytes = all(t.dtype != "bool" for t in lane.step_inputs)
+        """Whether rows of the right size can't be malformed."""
         self.sole_input = next(iter(self.inputs)) if len(self.inputs) == 1 else None
         self.output_names = [t.name for t in lane.graph.outputs]
         self.output_plans = [TensorPlan(t) for t in lane.graph.outputs]
@@ -187,67 +186,13 @@ def tensor_of(name: str, rows: Array, plan: TensorPlan, lengths: Ints | None = N
         shape=rows.shape,
         layout=plan.wire_layout,
         lengths=None if lengths is None else lengths.tolist(),
-        data=rows.tobytes() if _IS_LITTLE else encode(rows),
+        data=row_bytes_of(rows),
     )
 
 
-def answer_size(answer: Answer) -> int:
-    """Bytes that an answer takes, roughly."""
-    return ENTRY_BYTES * len(answer.handles) + sum(rows.nbytes for rows in answer.outputs)
-
-
-def write_answers(answers: Sequence[Answer], plans: Sequence[TensorPlan], message: pb.StreamAnswer) -> None:
-    """Put answers that are ready together into one message: entries in order, rows end to end."""
-    if len(answers) == 1:
-        answer = answers[0]
-        message.handles.extend(answer.handles)
-        message.positions.extend(answer.positions)
-        message.lengths.extend(answer.lengths)
-        outputs = answer.outputs
-    else:
-        for answer in answers:
-            message.handles.extend(answer.handles)
-            message.positions.extend(answer.positions)
-            message.lengths.extend(answer.lengths)
-        outputs = [np.concatenate(column) for column in zip(*(a.outputs for a in answers), strict=True)]
-    for plan, rows in zip(plans, outputs, strict=True):
-        message.tensors.append(tensor_of(plan.name, rows, plan))
-
-
-def split_answer(answer: Answer, plans: Sequence[TensorPlan], max_bytes: int) -> list[Answer]:
-    """Cut an answer into pieces of at most max_bytes: between entries, else between the steps of one."""
-    if answer_size(answer) <= max_bytes:
-        return [answer]
-    num_entries = len(answer.handles)
-    if num_entries > 1:
-        at = num_entries // 2
-        rows_at = sum(answer.lengths[:at])
-        lengths = (answer.lengths[:at], answer.lengths[at:])
-        handles, positions = answer.handles, answer.positions
-        columns = [(handles[:at], positions[:at]), (handles[at:], positions[at:])]
-    elif answer.lengths[0] > 1 and all(plan.layout is Layout.PER_STEP for plan in plans):
-        rows_at = answer.lengths[0] // 2
-        lengths = ([rows_at], [answer.lengths[0] - rows_at])
-        columns = [(answer.handles, answer.positions), (answer.handles, [answer.positions[0] + rows_at])]
-        at = 0
-    else:
-        return [answer]
-    cuts = [rows_at if plan.layout is Layout.PER_STEP else at for plan in plans]
-    parts = []
-    for index, (handles, positions) in enumerate(columns):
-        side = [slice(0, cut) if index == 0 else slice(cut, None) for cut in cuts]
-        outputs = [rows[s] for rows, s in zip(answer.outputs, side, strict=True)]
-        parts += split_answer(Answer(handles, positions, lengths[index], outputs), plans, max_bytes)
-    return parts
-
-
-def cut_events(events: pb.StreamAnswer, most: int) -> list[pb.StreamAnswer]:
-    """Cut what happened into messages of at most that many events, in the order opened, errors, closed."""
-    pieces = []
-    for name in ("opened", "errors", "closed"):
-        column = getattr(events, name)
-        pieces += [pb.StreamAnswer(**{name: column[at : at + most]}) for at in range(0, len(column), most)]
-    return pieces
+def row_bytes_of(rows: Array) -> bytes:
+    """Write an array's elements as they travel."""
+    return rows.tobytes() if _IS_LITTLE else encode(rows)
 
 
 def model_message(lane: Lane) -> pb.Model:

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 import grpc.aio
+from google.protobuf import message_factory
 
 from service.engine import Engine
 from service.errors import InvalidInput, ServiceError, ShapeMismatch
@@ -16,8 +18,11 @@ from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.predict import Sequences
 from service.repository import Broken
 from service.rpc.codec import LanePlan, lengths_of, model_message, tensor_of
+from service.rpc.requests import read_request
 from service.rpc.stream import Stream
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"]
+SERVICE_NAME = _SERVICE.full_name
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -83,8 +88,9 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
 
     async def StreamPredict(self, request: object, context: Context) -> None:
         """Step live sequences until the client has sent all, or is gone."""
-        first = await context.read()
-        if first is grpc.aio.EOF or first.WhichOneof("message") != "open":
+        raw = await context.read()
+        first = pb.StreamPredictRequest() if raw is grpc.aio.EOF else read_request(raw)
+        if first.WhichOneof("message") != "open":
             raise InvalidInput("the first message of a stream must be `open`, naming the model", field="open")
         self._engine.check_open()
         lane = self._engine.lane(first.open.model, first.open.version)
@@ -105,15 +111,28 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
 
     @staticmethod
     async def _read(stream: Stream, writer: asyncio.Task[None], context: Context) -> None:
-        while (request := await context.read()) is not grpc.aio.EOF:
-            if request.WhichOneof("message") != "frame":
-                raise InvalidInput("a stream is opened once; every later message is a `frame`", field="open")
-            stream.take(request.frame)
+        while (raw := await context.read()) is not grpc.aio.EOF:
+            stream.take(raw)
+            if stream.has_answers:  # they were made at once: begin to write them, and then to read
+                await asyncio.sleep(0)
             if stream.wants_room:
                 await stream.has_room()
                 if writer.done():
                     return
         stream.finish()
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """Every method by its name; StreamPredict reads and writes bytes, since most messages need no protobuf."""
+        unary = {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                getattr(self, method.name),
+                request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
+                response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+            )
+            for method in _SERVICE.methods
+            if not method.client_streaming
+        }
+        return {**unary, "StreamPredict": grpc.stream_stream_rpc_method_handler(self.StreamPredict)}
 
     def plan(self, lane: Lane) -> LanePlan:
         """Plan of a lane's tensors, made once."""

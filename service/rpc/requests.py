@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from google.protobuf.message import DecodeError
+
 from models.spec import StepMode
 from service.config import Settings
 from service.errors import InvalidInput, NotSteppable, ShapeMismatch
@@ -9,6 +11,14 @@ from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc.codec import MAX_NAME_BYTES, STEP_MODES
 from service.sessions import Terms
+
+
+def read_request(raw: bytes) -> pb.StreamPredictRequest:
+    """Parse a message of a stream. Raises InvalidInput."""
+    try:
+        return pb.StreamPredictRequest.FromString(raw)
+    except DecodeError as error:
+        raise InvalidInput(f"a message of the stream is no StreamPredictRequest: {error}") from error
 
 
 def check_step_mode(lane: Lane, request: pb.StreamOpen) -> None:
@@ -60,7 +70,7 @@ def lengths_of_frame(frame: pb.StreamFrame, num: int, num_rows: int) -> list[int
             raise InvalidInput("an entry has no steps: leave it out", field="lengths")
         if sum(lengths) != num_rows:
             raise ShapeMismatch(f"lengths sum to {sum(lengths)}, but there are {num_rows} rows", field="lengths")
-        return lengths
+        return None if lengths.count(1) == num else lengths
     if not num_rows:
         raise InvalidInput("steps without rows: leave the tensors out, or send at least one row", field="tensors")
     each, rest = divmod(num_rows, num)

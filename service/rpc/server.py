@@ -17,18 +17,15 @@ from grpc_reflection.v1alpha import reflection
 from service.config import Settings
 from service.engine import Engine
 from service.errors import ConfigError
-from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
-from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.repository import Broken, Loaded
 from service.rpc.interceptors import ErrorInterceptor
-from service.rpc.native import SequenceServicer
+from service.rpc.native import SERVICE_NAME, SequenceServicer
 from service.telemetry import registry_of
 from service.web.app import make_app
 
 log = logging.getLogger(__name__)
 KEEPALIVE_S = 40
 """Idle time after which a connection is checked; without an answer for half of it, its sessions are freed."""
-SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"].full_name
 
 
 class Server:
@@ -62,9 +59,11 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # and may look for us as often as that
             ],
         )
-        pb_grpc.add_SequenceServiceServicer_to_server(self._native, self._grpc)
+        self._grpc.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE_NAME, self._native.handlers()),)
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
         self.port = self._bind(self._grpc)
         self.engine.start()
         await self._start_http()
@@ -120,7 +119,12 @@ class Server:
     def _health_names(self) -> list[str]:
         """Names that health answers for: the server, the service, each model and each of its versions."""
         lanes = self.engine.lanes
-        names = {"", SERVICE, *(lane.name for lane in lanes), *(f"{lane.name}/{lane.version}" for lane in lanes)}
+        names = {
+            "",
+            SERVICE_NAME,
+            *(lane.name for lane in lanes),
+            *(f"{lane.name}/{lane.version}" for lane in lanes),
+        }
         return sorted(names)
 
 

@@ -19,28 +19,15 @@ from service.engine import Engine
 from service.errors import Exhausted, InvalidInput, ServiceError, SessionNotFound, ShapeMismatch
 from service.events import Answer, Event, Link, Steps, StepsFailed
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
-from service.rpc.codec import (
-    ENTRY_BYTES,
-    STEP_MODES,
-    LanePlan,
-    answer_size,
-    cut_events,
-    split_answer,
-    write_answers,
-)
-from service.rpc.requests import check_step_mode, lengths_of_frame, terms_of
+from service.rpc.answers import EVENT_BYTES, AnswerWriter
+from service.rpc.codec import STEP_MODES, LanePlan
+from service.rpc.repeat import Repeat, learn
+from service.rpc.requests import check_step_mode, lengths_of_frame, read_request, terms_of
 from service.rpc.status import status_of
 from service.sessions import SessionState, Terms
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
-MAX_ANSWER_BYTES = 1024 * 1024
-"""Answers are cut above it, so that a client with gRPC's default limit of 4 MiB can read them."""
-TENSORS = pb.StreamFrame.TENSORS_FIELD_NUMBER
-EVENT_BYTES = 256
-"""What an event takes in a message, roughly."""
-MAX_EVENTS = 1024
-"""Most events in a message that is cut."""
 CHECK_STEPS = 1024
 """Steps that are taken between two looks for room, at most."""
 _REASONS = {
@@ -62,18 +49,20 @@ class Stream:
         if request.emit not in pb.Emit.values():
             raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
         outputs = plan.pick_outputs(request.outputs)
-        self._output_plans = [plan.output_plans[index] for index in outputs]
+        self._writer = AnswerWriter([plan.output_plans[index] for index in outputs])
         self._link = Link(self._on_event, outputs, emit_last=request.emit == pb.EMIT_LAST)
         terms = [terms_of(session, lane.settings) for session in request.sessions]
+        engine.attach(self._link)
         self._answers: list[Answer] = []
-        self._waiting: list[pb.StreamPredictResponse] = []
+        self._waiting: list[bytes] = []
         self._events = pb.StreamAnswer()
         self._num_events = 0
         self._num_unsent_bytes = 0
         self._num_unchecked_steps = 0  # taken since room was last looked for
         self._check_steps = min(lane.settings.max_inflight_steps // 4, CHECK_STEPS)
-        self._step_bytes = ENTRY_BYTES + sum(plan.row_bytes for plan in self._output_plans)
         self._has_frames = False
+        self._repeat: Repeat | None = None
+        self._num_missed = 0  # frames since the last that repeated another
         self._is_finishing = False
         self._wakeup: asyncio.Future[None] | None = None
         self._has_written = asyncio.Event()
@@ -87,36 +76,25 @@ class Stream:
                     max_inflight_steps=lane.settings.max_inflight_steps,
                     sessions=[self._open(t) for t in terms],
                 )
-            )
+            ).SerializeToString()
         )
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
-    def take(self, frame: pb.StreamFrame) -> None:
-        """Apply one frame."""
-        fields = frame.ListFields()
-        if len(fields) == 1 and fields[0][0].number == TENSORS and 0 in self._link.sessions:
-            self._take_plain(frame)
-        else:
-            self._take_columns(frame)
-
-    def _take_plain(self, frame: pb.StreamFrame) -> None:
-        """Apply a frame of nothing but tensors: steps of the first session. Most frames of most clients are so."""
-        session = self._link.sessions[0]
-        try:
-            inputs, num_rows, states = self._plan.read(frame.tensors, "tensors")
-            if states or not num_rows:
-                self._take_columns(frame)
-                return
-        except ServiceError as error:
-            self._reject_all([0], error, frame)
+    def take(self, raw: bytes) -> None:
+        """Apply one message. Raises InvalidInput where it is no frame."""
+        steps = None if self._repeat is None else self._repeat.read(raw)
+        if steps is not None:
+            self._num_missed = 0
+            self._num_unchecked_steps += len(steps.sessions)
+            self._engine.submit(self._lane, steps)
             return
-        self._num_unchecked_steps += num_rows
-        self._engine.submit(
-            self._lane, Steps(self._link, [session], None, None if num_rows == 1 else [num_rows], inputs)
-        )
+        request = read_request(raw)
+        if request.WhichOneof("message") != "frame":
+            raise InvalidInput("a stream is opened once; every later message is a `frame`", field="open")
+        self._take_frame(request.frame, raw)
 
-    def _take_columns(self, frame: pb.StreamFrame) -> None:
+    def _take_frame(self, frame: pb.StreamFrame, raw: bytes) -> None:
         lane, link = self._lane, self._link
         if not self._has_frames:
             self._has_frames = True
@@ -139,6 +117,9 @@ class Stream:
                 link.sessions[handle].acknowledge(position)
         if steps is not None:
             self._submit(steps, handles)
+            self._num_missed += 1
+            if self._num_missed.bit_count() == 1 and self._plan.takes_any_bytes:  # ever more seldom if it is in vain
+                self._repeat = learn(steps, raw, frame)
         for handle in frame.closes:
             self._close(handle)
         self._wake()
@@ -164,7 +145,7 @@ class Stream:
         """Tell the client that the server is about to stop."""
         grace = Duration()
         grace.FromNanoseconds(int(grace_s * 1e9))
-        self._waiting.append(pb.StreamPredictResponse(drain=pb.StreamDrain(grace=grace)))
+        self._waiting.append(pb.StreamPredictResponse(drain=pb.StreamDrain(grace=grace)).SerializeToString())
         self._wake()
 
     def _check(self, frame: pb.StreamFrame, handles: list[int]) -> tuple[Steps | None, dict[int, Array], list[Terms]]:
@@ -293,6 +274,11 @@ class Stream:
     # ---- answers ----------------------------------------------------------------------------------------------------
 
     @property
+    def has_answers(self) -> bool:
+        """Whether something waits to be written."""
+        return bool(self._answers)
+
+    @property
     def wants_room(self) -> bool:
         """Whether it is time to look if too much waits; mostly not."""
         return self._num_unchecked_steps >= self._check_steps or self._num_unsent_bytes > 0
@@ -308,7 +294,8 @@ class Stream:
             self._num_unchecked_steps = 0
             num_steps = self._link.num_unanswered
             is_full = len(self._link.members) == 1 and num_steps > settings.max_inflight_steps // 2
-            if not is_full and num_steps * self._step_bytes + self._num_unsent_bytes <= settings.max_unsent_bytes:
+            num_bytes = num_steps * self._writer.step_bytes + self._num_unsent_bytes
+            if not is_full and num_bytes <= settings.max_unsent_bytes:
                 return
             self._has_written.clear()
             await self._has_written.wait()
@@ -334,7 +321,7 @@ class Stream:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Answer):
             self._answers.append(event)
-            self._num_unsent_bytes += self._step_bytes * len(event.outputs[0])
+            self._num_unsent_bytes += self._writer.step_bytes * len(event.outputs[0])
         elif isinstance(event, StepsFailed):
             kind = pb.STEP_ERROR_KIND_SESSION_FAILED if event.is_over else pb.STEP_ERROR_KIND_STEP_REJECTED
             self._events.errors.add(
@@ -356,38 +343,15 @@ class Stream:
         if self._wakeup is not None and not self._wakeup.done():
             self._wakeup.set_result(None)
 
-    def _pack(self) -> list[pb.StreamPredictResponse]:
+    def _pack(self) -> list[bytes]:
         """Take all that waits: answers that are ready together travel together, as far as a message holds them."""
         messages, self._waiting = self._waiting, []
         answers, self._answers = self._answers, []
-        num_bytes, self._num_unsent_bytes = self._num_unsent_bytes, 0
-        events, self._events = self._events, pb.StreamAnswer()
-        num_events, self._num_events = self._num_events, 0
-        if num_bytes <= MAX_ANSWER_BYTES:  # mostly: all of it is one message
-            message = pb.StreamPredictResponse()
-            if num_events:
-                message.answer.CopyFrom(events)
-            if answers:
-                write_answers(answers, self._output_plans, message.answer)
-            if answers or num_events:
-                messages.append(message)
-            return messages
-        pieces = cut_events(pb.StreamAnswer(opened=events.opened), MAX_EVENTS)
-        for group in self._group(answers) if answers else []:
-            pieces.append(pb.StreamAnswer())
-            write_answers(group, self._output_plans, pieces[-1])
-        pieces += cut_events(pb.StreamAnswer(errors=events.errors, closed=events.closed), MAX_EVENTS)
-        return messages + [pb.StreamPredictResponse(answer=piece) for piece in pieces]
-
-    def _group(self, answers: list[Answer]) -> list[list[Answer]]:
-        """Cut and group answers so that no group is larger than a message should be."""
-        groups: list[list[Answer]] = [[]]
-        size = 0
-        for answer in answers:
-            for piece in split_answer(answer, self._output_plans, MAX_ANSWER_BYTES):
-                if groups[-1] and size + answer_size(piece) > MAX_ANSWER_BYTES:
-                    groups.append([])
-                    size = 0
-                groups[-1].append(piece)
-                size += answer_size(piece)
-        return groups
+        self._num_unsent_bytes = 0
+        if answers or self._num_events:
+            events = None
+            if self._num_events:
+                events, self._events = self._events, pb.StreamAnswer()
+                self._num_events = 0
+            messages += self._writer.write(answers, events)
+        return messages
