@@ -29,6 +29,8 @@ Array = npt.NDArray[Any]
 
 EXPIRY_TICK_S = 0.25
 _UNKNOWN = float("inf")
+UNWATCHED = 4
+"""How much longer a run may hold the loop while no stream is connected: a thread costs more than the wait."""
 COST_SMOOTHING = 0.2
 """Weight of the newest measurement in a run's expected cost."""
 
@@ -223,7 +225,8 @@ class Engine:
 
     def _is_short(self, key: _Key) -> bool:
         """Whether a run is known to take so little time that it may happen on the loop."""
-        return self._costs.get(key, _UNKNOWN) <= self.settings.inline_run_ms / 1000
+        limit_ms = self.settings.inline_run_ms * (1 if self._links else UNWATCHED)
+        return self._costs.get(key, _UNKNOWN) <= limit_ms / 1000
 
     def _learn(self, key: _Key, seconds: float) -> None:
         known = self._costs.get(key, seconds)

@@ -37,7 +37,7 @@ class StateSlab:
         self._arrays = [np.zeros((capacity, *shape), dtype=dtype) for shape, dtype in states]
         self._returned: list[int] = []  # freed before, used first
         self._num_touched = 0  # slots below it have been allocated once
-        self._is_allocated = np.zeros(capacity, dtype=bool)
+        self._is_allocated = bytearray(capacity)  # most calls are about one slot, which numpy is slow for
 
     @property
     def num_free(self) -> int:
@@ -56,18 +56,21 @@ class StateSlab:
         reused = [self._returned.pop() for _ in range(min(count, len(self._returned)))]
         fresh = range(self._num_touched, self._num_touched + count - len(reused))
         self._num_touched = fresh.stop
-        slots = np.array([*reused, *fresh], dtype=np.int64)
-        self._is_allocated[slots] = True
-        for array in self._arrays:
-            array[slots[: len(reused)]] = 0  # fresh ones are zero pages
-        return slots
+        for slot in (*reused, *fresh):
+            self._is_allocated[slot] = True
+        if reused:
+            for array in self._arrays:
+                array[reused] = 0  # fresh ones are zero pages
+        return np.array([*reused, *fresh], dtype=np.int64)
 
     def free(self, slots: Slots) -> None:
         """Give slots back. Raises ValueError for one that is not allocated: a bug of the caller."""
-        if not self._is_allocated[slots].all() or len(np.unique(slots)) != len(slots):
-            raise ValueError(f"slots freed that are not allocated: {slots.tolist()}")
-        self._is_allocated[slots] = False
-        self._returned.extend(slots.tolist())
+        numbers = slots.tolist()
+        if not all(self._is_allocated[slot] for slot in numbers) or len(set(numbers)) != len(numbers):
+            raise ValueError(f"slots freed that are not allocated: {numbers}")
+        for slot in numbers:
+            self._is_allocated[slot] = False
+        self._returned.extend(numbers)
 
     def read(self, slots: Slots) -> list[Array]:
         """Copy rows out: for each state [len(slots), *row shape], in the order of slots."""
