@@ -69,7 +69,7 @@ def check_provider(provider: str) -> str:
 class Backend:
     """One loaded model file."""
 
-    def __init__(self, path: Path, *, provider: str = "cpu", threads: int = 1) -> None:
+    def __init__(self, path: Path, *, provider: str = "cpu") -> None:
         """Load a file and check that its graph is what its spec says.
 
         Raises ModelBroken, with what is wrong, and ConfigError for an absent provider.
@@ -77,7 +77,7 @@ class Backend:
         if check_provider(provider) == PROVIDERS["cuda"][0]:
             ort.preload_dlls()  # the CUDA libraries that pip installed, which the loader does not look for by itself
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = 1  # the runner splits a batch where that pays
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

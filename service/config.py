@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     provider: Literal["cpu", "cuda", "cuda,cpu"] = "cpu"
     """onnxruntime's execution provider; "cuda" fails where CUDA is absent, "cuda,cpu" falls back to the CPU."""
     compute_threads: Positive = 1
-    """Threads that onnxruntime uses within one run."""
+    """Threads that a batch may be split over; it is where that is measured to be faster."""
     max_batch_rows: Positive = 256
     """Most sequences advanced in one run."""
     max_chunk_steps: Positive = 16

@@ -57,7 +57,7 @@ class Lane:
         is_coupled = exactness.verdict == "coupled" and not settings.batch_coupled_models
         # Cancelled sequences hold their slot until the run that they are in completes: room for one batch of them.
         num_slots = settings.max_sessions + settings.max_predict_sequences + settings.max_batch_rows
-        self.runner = Runner(backend, num_slots, settings.max_batch_rows)
+        self.runner = Runner(backend, num_slots, settings.max_batch_rows, settings.compute_threads)
         self.slab = self.runner.slab
         self.sessions = SessionTable()
         self.scheduler = Scheduler(

@@ -68,7 +68,7 @@ def load_version(settings: Settings, name: str, version: int) -> Lane:
     path = settings.repository / name / str(version) / MODEL_FILE
     if not path.is_file():
         raise ModelBroken(f"{path}: no such file")
-    backend = Backend(path, provider=settings.provider, threads=settings.compute_threads)
+    backend = Backend(path, provider=settings.provider)
     others = [t.name for t in backend.graph.inputs if t.layout is not Layout.PER_STEP]
     if others:
         raise ModelBroken(f"{path}: inputs {', '.join(others)} are not per step, and only those can be served")
