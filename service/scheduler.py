@@ -2,14 +2,19 @@
 
 An *entry* is one or more steps of one sequence, submitted together; a sequence is known by its slot. A slot's entries
 run in the order of submission, never two at once. `next_batch` takes whatever is ready at that moment, at most
-`max_rows` slots, in the order in which they became ready; a slot advances at most `max_chunk_steps` per batch and then
-goes to the end of the line, so a long entry can't starve a short one. Laws:
+`max_rows` slots, from the highest class of priority down, each in the order in which they became ready; a slot advances
+at most `max_chunk_steps` per batch and then goes to the end of the line, so a long entry can't starve a short one.
+Laws:
 
     every submitted step is run once, or dropped by cancel or expire: never both, never twice
     a batch holds a slot at most once, and no slot that is in a batch not yet completed
     next_batch returns None only if every queued slot is running (work-conserving)
-    the slot that has waited longest is in the batch; one that ran goes to the end of the line, so none waits for ever
-    where there is room, a slot is passed over only for being short, at most once for each power of two of steps
+    the highest class leads, unless another one is due: no class is passed over by more than policies.PATIENCE batches
+    the first slot of the class that leads is in the batch; what ran goes to the end of its line, so none waits for ever
+    where there is room, a slot is passed over only for being short; while its class leads, at most once for each power
+        of two of steps
+    where a lower class leads, the first slot of the highest is in the batch too if it has two rows, and the batch is as
+        short as suits both: only a batch of one row, or of whole entries, makes it wait for more than what runs already
 
 Columns are plain lists, by slot and by row: most batches are small, and below some dozens of rows a loop over Python
 ints costs less than the calls into numpy that would replace it.
@@ -20,8 +25,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
+
+from service.policies import Line, Priority
 
 WHOLE_SPREAD = 1.25
 """Whole sequences share a batch if the longest is at most this many times the shortest: padding is computed in full."""
@@ -93,8 +99,8 @@ class Scheduler:
         self.num_queued_steps = 0
         """Steps submitted, not yet completed or dropped."""
         self._num_entries = 0
-        self._num_deadlines = 0
-        self._ready: deque[int] = deque()
+        self._earliest = _NEVER  # no entry that is ready and has not begun has an earlier deadline
+        self._line = Line()
         self._first: list[Entry | None] = [None] * num_slots
         self._done = [0] * num_slots  # steps of the first entry that were run
         self._behind: dict[int, deque[Entry]] = {}
@@ -118,31 +124,34 @@ class Scheduler:
         payload    whatever the caller needs to find the rows again
         deadlines  [n] entries that have not begun by then are dropped by `expire`; infinity and None never expire
         """
-        first, ready = self._first, self._ready
+        first, make_ready = self._first, self._line.append
         for index, slot in enumerate(slots):
             deadline = _NEVER if deadlines is None else deadlines[index]
             entry = (lengths[index], starts[index], payload, deadline)
             if first[slot] is None:
                 first[slot] = entry
-                ready.append(slot)
+                make_ready(slot)
+                if deadline < self._earliest:
+                    self._earliest = deadline
             else:
                 self._behind.setdefault(slot, deque()).append(entry)
-            if deadline != _NEVER:
-                self._num_deadlines += 1
         self._num_entries += len(slots)
         self.num_queued_steps += sum(lengths)
 
     def next_batch(self) -> Batch | None:
         """Take the next rows to run, or None if nothing is ready. Every batch must be completed."""
-        ready = self._ready
-        if not ready:
+        line = self._line
+        is_mixed = line.is_mixed
+        if not (line.normal or is_mixed):
             return None
-        if self.num_queued_steps == self._num_entries and not self.config.whole:  # one step is left of every entry
-            num_rows = min(len(ready), self.config.max_rows)
-            slots = [ready.popleft() for _ in range(num_rows)]
+        is_single = self.num_queued_steps == self._num_entries and not self.config.whole  # one step is left of each
+        if is_single and not is_mixed:
+            num_rows = min(len(line.normal), self.config.max_rows)
+            slots = line.take_normal(num_rows)
             steps, counts, is_last = 1, [1] * num_rows, [True] * num_rows
         else:
             slots, limit = self._choose()
+            line.take(slots)
             left = [self._remaining(slot) for slot in slots]
             counts = [min(count, limit) for count in left]
             is_last = [count <= limit for count in left]
@@ -166,8 +175,8 @@ class Scheduler:
         cancelled = self._doomed.intersection(slots) if self._doomed else set()
         self._doomed -= cancelled
         self.num_queued_steps -= sum(batch.counts)
-        ready, first, done = self._ready, self._first, self._done
-        if not (cancelled or self._behind or self._num_deadlines or False in batch.is_last):  # nothing follows any row
+        first, done, make_ready = self._first, self._done, self._line.append
+        if not (cancelled or self._behind or False in batch.is_last):  # nothing follows any row
             for slot in slots:
                 first[slot] = None
                 done[slot] = 0
@@ -184,7 +193,7 @@ class Scheduler:
                     done[slot] = 0
                     self._advance(slot)
                 else:
-                    ready.append(slot)
+                    make_ready(slot)
         return cancelled
 
     def cancel(self, slot: int) -> bool:
@@ -195,34 +204,56 @@ class Scheduler:
         if self._first[slot] is None:
             return False
         for entry in self._behind.pop(slot, ()):
-            self._forget(entry, entry[0])
+            self._num_entries -= 1
+            self.num_queued_steps -= entry[0]
         if slot in self._running:
             self._doomed.add(slot)
             return True
-        self._ready.remove(slot)
+        self._line.remove(slot)
         self.num_queued_steps -= self._remaining(slot)
         self._done[slot] = 0
         self._advance(slot)
         return False
 
-    def expire(self, now: float) -> Sequence[Dropped]:
+    def expire(self, now: float) -> list[Dropped]:
         """Drop entries whose deadline has passed before they began, and what is queued behind them."""
-        if not self._num_deadlines:
-            return ()
+        if now < self._earliest:
+            return []
         dropped = []
-        for slot in list(self._ready):
+        self._earliest = _NEVER
+        for slot in list(self._line):
             entry = self._first[slot]
-            if entry is not None and entry[3] <= now and not self._done[slot]:
+            if entry is None or self._done[slot]:
+                continue
+            if entry[3] <= now:
                 before = self.num_queued_steps
                 self.cancel(slot)
                 num_behind = before - self.num_queued_steps - entry[0]
                 dropped.append(Dropped(slot, entry[0], num_behind))
+            elif entry[3] < self._earliest:
+                self._earliest = entry[3]
         return dropped
+
+    def prioritize(self, slot: int, priority: Priority = Priority.NORMAL) -> None:
+        """Put a slot into a class, at whose end it waits if it has steps queued; every slot begins in NORMAL."""
+        if self._line.rank_of(slot) is priority:
+            return
+        is_waiting = self._first[slot] is not None and slot not in self._running
+        if is_waiting:
+            self._line.remove(slot)
+        self._line.rank(slot, priority)
+        if is_waiting:
+            self._line.append(slot)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether some slot is in another class than NORMAL, queued or not."""
+        return self._line.has_ranks
 
     @property
     def num_ready(self) -> int:
         """Slots that the next batch could take."""
-        return len(self._ready)
+        return len(self._line)
 
     def is_in_flight(self, batch: Batch) -> bool:
         """Whether a batch has not been completed."""
@@ -238,45 +269,33 @@ class Scheduler:
 
     def _advance(self, slot: int) -> None:
         """Leave a slot's first entry behind; what comes next is ready."""
-        entry = self._first[slot]
-        if entry is not None:
-            self._forget(entry, 0)
+        self._num_entries -= 1
         following = self._behind.get(slot)
         if following:
-            self._first[slot] = following.popleft()
-            self._ready.append(slot)
+            self._first[slot] = entry = following.popleft()
+            self._earliest = min(self._earliest, entry[3])
+            self._line.append(slot)
             if not following:
                 del self._behind[slot]
         else:
             self._first[slot] = None
 
-    def _forget(self, entry: Entry, num_steps: int) -> None:
-        self._num_entries -= 1
-        self._num_deadlines -= entry[3] != _NEVER
-        self.num_queued_steps -= num_steps
-
     def _choose(self) -> tuple[list[int], int]:
-        """Take slots that run well together with the first one in line, which always runs.
+        """Choose slots that run well together with the first one in line, which always runs.
 
         Returns (slots, most steps to advance). Longer entries always join, for as many steps as the first one wants;
         shorter ones join if more than half of those steps are theirs, so padding stays below half of any row.
         """
         config = self.config
-        window = list(islice(self._ready, 4 * config.max_rows))  # more than fit, to choose companions from
+        window, num_leaders = self._line.candidates(4 * config.max_rows)  # more than fit, to choose companions from
         lengths = [self._remaining(slot) for slot in window]
         if config.whole:
             fits, limit = self._fit_whole(lengths), max(lengths)
         else:
-            limit = min(1 << (lengths[0] - 1).bit_length(), config.max_chunk_steps)
+            limit = min(1 << (min(lengths[:num_leaders]) - 1).bit_length(), config.max_chunk_steps)
             fits = [2 * length > limit for length in lengths]  # the first one always does
-        chosen: list[int] = []
-        kept: list[int] = []
-        for slot, is_in in zip(window, fits, strict=True):
-            (chosen if is_in and len(chosen) < config.max_rows else kept).append(slot)
-        for _ in window:
-            self._ready.popleft()
-        self._ready.extendleft(reversed(kept))
-        return chosen, limit
+        chosen = [slot for slot, is_in in zip(window, fits, strict=True) if is_in]
+        return chosen[: config.max_rows], limit
 
     def _fit_whole(self, lengths: list[int]) -> list[bool]:
         """Mark entries whose lengths are close, as many as a run may hold."""

@@ -1,15 +1,14 @@
-"""service.scheduler: its laws one by one, then all of them at once against plain dicts and lists."""
+"""service.scheduler: its laws one by one; tests/test_scheduler_laws.py has all of them at once."""
 
 import itertools
 
 import numpy as np
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.scheduler import WHOLE_SPREAD, BatchConfig, Dropped, Scheduler
+from service.policies import Priority
+from service.scheduler import BatchConfig, Dropped, Scheduler
 
 NEVER = float("inf")
+HIGH, NORMAL, LOW = Priority
 
 
 def submit(scheduler, lengths, *, payload=None, deadlines=None):
@@ -185,184 +184,88 @@ def test_a_thousand_entries_behind_one_another_use_their_places_again():
         assert seen == [(round_, index) for index in range(1000)]
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Every step is named (payload number, row), and is in `ran` or `dropped` once in the end."""
-
-    @initialize(
-        config=st.builds(
-            BatchConfig,
-            max_rows=st.integers(1, 4),
-            max_chunk_steps=st.integers(1, 9),
-            whole=st.booleans(),
-            max_whole_steps=st.sampled_from([1, 20, 1000]),
-        ),
-        num_slots=st.integers(1, 20),
-    )
-    def start(self, config, num_slots):
-        self.config = config
-        self.scheduler = Scheduler(num_slots, config)
-        self.slots = range(num_slots)
-        self.queues = {slot: [] for slot in self.slots}  # each entry [payload, first row, length, steps done, deadline]
-        self.line = []
-        self.running = []
-        self.doomed = set()
-        self.passed_for = {}  # slot: steps, rounded up to a power of two, of the run that it was last too short for
-        self.num_payloads = 0
-        self.submitted = []
-        self.ran = []
-        self.dropped = []
-        self.now = 0.0
-
-    def in_batches(self):
-        return {slot for batch in self.running for slot in batch.slots}
-
-    def drop(self, entry):
-        number, first, length, done, _ = entry
-        self.dropped += [(number, first + step) for step in range(done, length)]
-
-    @rule(data=st.data())
-    def submit(self, data):
-        open_ = [slot for slot in self.slots if slot not in self.doomed]
-        if not open_:
-            return
-        slots = data.draw(st.lists(st.sampled_from(open_), unique=True, max_size=len(open_)))
-        length = st.one_of(st.integers(1, 3), st.integers(1, 24), st.integers(8, 12))
-        lengths = data.draw(st.lists(length, min_size=len(slots), max_size=len(slots)))
-        wait = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0, NEVER])
-        waits = data.draw(st.none() | st.lists(wait, min_size=len(slots), max_size=len(slots)))
-        deadlines = None if waits is None else [self.now + wait for wait in waits]
-        number = self.num_payloads
-        self.num_payloads += 1
-        starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        self.scheduler.submit(slots, lengths, starts, [number], deadlines=deadlines)
-        for index, slot in enumerate(slots):
-            if not self.queues[slot]:
-                self.line.append(slot)
-            deadline = NEVER if deadlines is None else deadlines[index]
-            self.queues[slot].append([number, starts[index], lengths[index], 0, deadline])
-            self.submitted += [(number, starts[index] + step) for step in range(lengths[index])]
-
-    @rule()
-    def next_batch(self):
-        batch = self.scheduler.next_batch()
-        if batch is None:
-            assert not self.line
-            return
-        slots = batch.slots
-        assert slots[0] == self.line[0]  # the one that has waited longest always runs
-        assert slots == [slot for slot in self.line if slot in set(slots)]
-        assert len(slots) == len(set(slots)) <= self.config.max_rows
-        assert not set(slots) & self.in_batches()
-        entries = [self.queues[slot][0] for slot in slots]
-        left = [length - done for _, _, length, done, _ in entries]
-        counts = batch.counts
-        assert batch.payloads == [[number] for number, *_ in entries]
-        assert batch.starts == [first + done for _, first, _, done, _ in entries]
-        assert batch.steps == max(counts)
-        assert batch.is_last == [count == rest for count, rest in zip(counts, left, strict=True)]
-        if self.config.whole:
-            assert counts == left
-            assert max(counts) <= min(counts) * WHOLE_SPREAD
-            assert len(counts) == 1 or sum(counts) <= self.config.max_whole_steps
-        else:
-            assert counts[0] == min(left[0], self.config.max_chunk_steps)
-            assert counts == [min(rest, batch.steps) for rest in left]
-            assert batch.steps <= self.config.max_chunk_steps
-            assert all(2 * count > batch.steps for count in counts)  # under half of any row is padding
-            if len(slots) < self.config.max_rows:
-                self.check_passed(slots, wanted=1 << (counts[0] - 1).bit_length())
-        for slot in slots:
-            self.passed_for.pop(slot, None)
-        self.line = [slot for slot in self.line if slot not in slots]
-        self.running.append(batch)
-
-    def check_passed(self, slots, wanted):
-        """Slots are passed over only for being short, and for ever shorter runs."""
-        for slot in self.line[: 4 * self.config.max_rows]:
-            if slot not in slots:
-                _, _, length, done, _ = self.queues[slot][0]
-                assert 2 * (length - done) <= wanted < self.passed_for.get(slot, NEVER)
-                self.passed_for[slot] = wanted
-
-    def account(self, batch):
-        """What completing a batch, or a row of one, should do. Returns the cancelled slots."""
-        cancelled = self.doomed.intersection(batch.slots)
-        for slot, count in zip(batch.slots, batch.counts, strict=True):
-            entry = self.queues[slot][0]
-            self.ran += [(entry[0], entry[1] + entry[3] + step) for step in range(count)]
-            entry[3] += count
-            if slot in self.doomed:
-                self.doomed.remove(slot)
-                self.drop(entry)
-                self.queues[slot] = []
-            elif entry[3] == entry[2]:
-                self.queues[slot].pop(0)
-            if self.queues[slot]:
-                self.line.append(slot)
-        return cancelled
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def complete(self, data):
-        batch = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        if data.draw(st.booleans()):
-            assert self.scheduler.complete(batch) == self.account(batch)
-            return
-        for index in data.draw(st.permutations(range(len(batch.slots)))):
-            row = batch.row(index)
-            assert (row.slots, row.steps) == ([batch.slots[index]], batch.counts[index])
-            assert self.scheduler.complete(row) == self.account(row)
-
-    @rule(data=st.data())
-    def cancel(self, data):
-        slot = data.draw(st.sampled_from(self.slots))
-        is_running = slot in self.in_batches()
-        if slot in self.doomed:
-            return
-        self.passed_for.pop(slot, None)
-        assert self.scheduler.cancel(slot) is is_running
-        kept = self.queues[slot][:1] if is_running else []
-        for entry in self.queues[slot][len(kept) :]:
-            self.drop(entry)
-        self.queues[slot] = kept
-        if is_running:
-            self.doomed.add(slot)
-        elif slot in self.line:
-            self.line.remove(slot)
-
-    @rule(elapsed=st.sampled_from([0.0, 0.5, 1.0]))
-    def expire(self, elapsed):
-        self.now += elapsed
-        expected = []
-        for slot in list(self.line):
-            (_, _, length, done, deadline), *behind = self.queues[slot]
-            if not done and deadline <= self.now:
-                expected.append(Dropped(slot, length, sum(entry[2] for entry in behind)))
-                for entry in self.queues[slot]:
-                    self.drop(entry)
-                self.queues[slot] = []
-                self.line.remove(slot)
-                self.passed_for.pop(slot, None)
-        assert list(self.scheduler.expire(self.now)) == expected
-
-    @invariant()
-    def counts_are_as_expected(self):
-        queued = sum(length - done for queue in self.queues.values() for _, _, length, done, _ in queue)
-        assert self.scheduler.num_queued_steps == queued
-        assert self.scheduler.num_ready == len(self.line)
-        assert [self.scheduler.is_busy(slot) for slot in self.slots] == [bool(self.queues[s]) for s in self.slots]
-
-    def teardown(self):
-        if not hasattr(self, "scheduler"):
-            return
-        while self.line or self.running:
-            while self.running:
-                batch = self.running.pop()
-                assert self.scheduler.complete(batch) == self.account(batch)
-            self.next_batch()
-        assert self.scheduler.num_queued_steps == 0
-        assert sorted(self.ran + self.dropped) == self.submitted
+def test_a_batch_is_filled_from_the_highest_class_down():
+    scheduler = Scheduler(7, BatchConfig(max_rows=4))
+    for slot, priority in {0: LOW, 2: HIGH, 4: LOW, 5: HIGH}.items():
+        scheduler.prioritize(slot, priority)
+    submit(scheduler, dict.fromkeys(range(7), 1))
+    assert [list(run(scheduler)) for _ in range(2)] == [[2, 5, 1, 3], [6, 0, 4]]
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=250, stateful_step_count=30, deadline=None)
+def test_a_low_chunk_makes_a_high_step_wait_for_no_more_than_the_run_that_goes_on():
+    scheduler = Scheduler(9, BatchConfig(max_rows=4, max_chunk_steps=16))
+    for slot in range(8):
+        scheduler.prioritize(slot, LOW)
+    scheduler.prioritize(8, HIGH)
+    submit(scheduler, dict.fromkeys(range(8), 1000))
+    batches = []
+    for _ in range(30):
+        batch = scheduler.next_batch()
+        submit(scheduler, {8: 1})  # while a run goes on
+        scheduler.complete(batch)
+        batches.append(run(scheduler))
+    assert all(list(batch.values()) == [1, 1, 1, 1] and next(iter(batch)) == 8 for batch in batches)
+
+
+def test_a_class_that_is_passed_over_is_served_by_every_eighth_batch():
+    scheduler = Scheduler(3, BatchConfig(max_rows=1))
+    scheduler.prioritize(0, HIGH)
+    scheduler.prioritize(2, LOW)
+    submit(scheduler, dict.fromkeys(range(3), 1))
+    turns = []
+    for _ in range(27):
+        [slot] = run(scheduler)
+        submit(scheduler, {slot: 1})
+        turns.append(slot)
+    assert turns == [0, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0]
+
+
+def test_a_class_that_has_its_turns_in_between_is_not_due():
+    scheduler = Scheduler(2, BatchConfig(max_rows=1))
+    scheduler.prioritize(0, HIGH)
+    for _ in range(20):
+        submit(scheduler, {0: 1, 1: 1})
+        assert [list(run(scheduler)) for _ in range(2)] == [[0], [1]]
+
+
+def test_a_class_that_is_due_shares_its_batch_with_the_first_of_the_highest():
+    scheduler = Scheduler(6, BatchConfig(max_rows=2, max_chunk_steps=16))
+    for slot in (0, 1, 2):
+        scheduler.prioritize(slot, HIGH)
+    submit(scheduler, {3: 100, 4: 100, 5: 100})
+    batches = []
+    for _ in range(16):
+        submit(scheduler, {slot: 1 for slot in (0, 1, 2) if not scheduler.is_busy(slot)})
+        batches.append(run(scheduler))
+    due = [index for index, batch in enumerate(batches) if max(batch) > 2]
+    assert due == [7, 15]
+    assert [list(batches[index].values()) for index in due] == [[1, 1], [1, 1]]
+    assert [min(batches[index]) <= 2 for index in due] == [True, True]
+
+
+def test_a_slot_that_changes_its_class_takes_along_what_it_has_queued():
+    scheduler = Scheduler(4, BatchConfig(max_rows=1))
+    submit(scheduler, dict.fromkeys(range(4), 1))
+    scheduler.prioritize(2, HIGH)
+    batch = scheduler.next_batch()
+    assert batch.slots == [2]
+    submit(scheduler, {2: 1})
+    scheduler.prioritize(2, LOW)  # while it runs
+    scheduler.prioritize(1, LOW)
+    scheduler.complete(batch)
+    assert [list(run(scheduler)) for _ in range(2)] == [[0], [3]]
+    scheduler.prioritize(2, NORMAL)
+    assert [list(run(scheduler)) for _ in range(2)] == [[2], [1]]
+    assert scheduler.next_batch() is None
+
+
+def test_a_deadline_is_found_wherever_its_entry_stands():
+    scheduler = Scheduler(4, BatchConfig(max_rows=1))
+    scheduler.prioritize(1, HIGH)
+    submit(scheduler, {0: 1, 1: 1, 2: 1, 3: 1}, deadlines=[NEVER, 5.0, 3.0, NEVER])
+    submit(scheduler, {3: 1}, deadlines=[2.0])
+    assert scheduler.expire(2.9) == []  # the one that is over stands behind another, and is not looked at yet
+    assert scheduler.expire(3.0) == [Dropped(slot=2, num_expired=1, num_behind=0)]
+    assert [list(run(scheduler)) for _ in range(3)] == [[1], [0], [3]]
+    assert scheduler.expire(3.0) == [Dropped(slot=3, num_expired=1, num_behind=0)]
+    assert scheduler.next_batch() is None
