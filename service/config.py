@@ -69,7 +69,8 @@ class Settings(BaseSettings):
     max_sessions: Positive = 16_384
     """Most live sessions of one model version."""
     max_predict_sequences: Positive = 1_024
-    """Most sequences of Predict calls in progress at once, for one model version; more wait their turn."""
+    """Most sequences of Predict calls in progress at once, for one model version; more wait their turn. No call takes
+    more than half of those that are free, so that there is room for the next one."""
     max_message_bytes: Positive = 16 * 1024 * 1024
     """Largest request message."""
     max_steps_per_message: Positive = 65_536

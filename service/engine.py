@@ -1,7 +1,7 @@
 """Drives every lane on one asyncio loop: whatever is ready runs now, nobody waits for a batch to fill.
 
 A run that is measured to be short happens on the loop itself; a long one happens on a thread, one at a time, while the
-loop goes on receiving. Lanes with work take turns.
+loop goes on receiving. Lanes with work share the time of runs evenly, whatever one run of each takes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ from service.config import Settings
 from service.errors import ModelNotFound, RunFailed, Unavailable
 from service.events import Link, Steps
 from service.lane import Lane
-from service.predict import PredictCall, Prediction, Sequences
+from service.policies import LeastServed
+from service.predict import CallLine, PredictCall, Prediction, Sequences
 from service.runs import Run
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class Engine:
         self.clock = clock
         self.is_draining = False
         self._lanes: dict[str, dict[int, Lane]] = {}
-        self._turns: deque[Lane] = deque()
-        self._waiting: dict[Lane, deque[PredictCall]] = {}
+        self._waiting: dict[Lane, CallLine] = {}
+        self._shares = LeastServed()
         self._links: set[Link] = set()  # of streams
         self._costs: dict[_Key, float] = {}
         self._is_awake = False
@@ -58,8 +58,7 @@ class Engine:
     def add(self, lane: Lane) -> None:
         """Serve a model version."""
         self._lanes.setdefault(lane.name, {})[lane.version] = lane
-        self._turns.append(lane)
-        self._waiting[lane] = deque()
+        self._waiting[lane] = CallLine(lane)
 
     @property
     def lanes(self) -> list[Lane]:
@@ -121,8 +120,7 @@ class Engine:
         finally:
             call.withdraw()
             self.drop(lane, call.link)
-            if call in self._waiting[lane]:
-                self._waiting[lane].remove(call)
+            self._waiting[lane].discard(call)
 
     def drop(self, lane: Lane, link: Link) -> None:
         """A link is gone: free what it holds."""
@@ -137,18 +135,19 @@ class Engine:
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Run one batch of the next lane that has one."""
+        """Run one batch of the lane that has had the least time among those that have one."""
         self._is_awake = False
         if self._is_on_thread or self._loop is None:
             return
         now = self.clock()
-        for _ in range(len(self._turns)):
-            lane = self._turns[0]
-            self._turns.rotate(-1)
+        busy = self._busy()
+        while busy:
+            lane = self._shares.pick(busy)
+            busy.remove(lane)
             if lane.inbox and not self._waiting[lane] and self._run_express(lane):
                 return
             lane.flush()
-            self._feed(lane, now)
+            self._waiting[lane].feed(now)
             try:
                 run = lane.next_run(now)
             except Exception:
@@ -158,6 +157,10 @@ class Engine:
             if run is not None:
                 self._dispatch(_Job(lane, run))
                 return
+
+    def _busy(self) -> list[Lane]:
+        """Lanes that may have something to run; no run goes on."""
+        return [lane for lane, calls in self._waiting.items() if lane.inbox or calls or lane.scheduler.num_queued_steps]
 
     def _run_express(self, lane: Lane) -> bool:
         """Run what has arrived by the short way, if it is one batch that is known to take little time."""
@@ -175,20 +178,14 @@ class Engine:
             return False  # nothing has changed; the long way finds out whose fault it is
         seconds = time.perf_counter() - began
         self._learn(key, seconds)
+        lane.attained_s += seconds
         try:
             express.arrive(boarded, outputs, self.clock(), seconds)
         except Exception:
             log.exception("a bug in taking the results of a run of %s", lane.name)
-        if any(each.inbox or each.scheduler.num_ready or self._waiting[each] for each in self._turns):
+        if self._busy():
             self.wake()
         return True
-
-    def _feed(self, lane: Lane, now: float) -> None:
-        waiting = self._waiting[lane]
-        while waiting and (room := self.settings.max_predict_sequences - lane.num_predicting) > 0:
-            waiting[0].feed(room, now)
-            if waiting[0].is_fed:
-                waiting.popleft()
 
     def _dispatch(self, job: _Job) -> None:
         assert self._loop is not None  # noqa: S101  checked by _pump
@@ -215,7 +212,9 @@ class Engine:
             if isinstance(outcome, BaseException):
                 log.error("a run of %s with %d rows failed: %s", lane.name, len(job.run.batch.slots), outcome)
                 lane.fail(job.run, now)
+                lane.attained_s += self.clock() - now
             else:
+                lane.attained_s += outcome.seconds
                 self._learn(job.key, outcome.seconds)
                 lane.complete(job.run, outcome.outputs, now, outcome.seconds)
         except Exception:

@@ -49,6 +49,8 @@ def num_rows(lane: Lane) -> tuple[int, int]:
             return 0, 0
         rows += len(message.sessions)
         if rows > limit:
+            if lane.scheduler.has_classes:
+                return 0, 0  # who goes first is to be looked at
             return messages, rows - len(message.sessions)
         messages += 1
     return messages, rows

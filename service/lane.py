@@ -54,6 +54,7 @@ class Lane:
         self.step_inputs = [t for t in self.graph.inputs if t.layout is Layout.PER_STEP]
         self.is_output_per_step = [t.layout is Layout.PER_STEP for t in self.graph.outputs]
         self.tally = Tally()
+        self.attained_s = 0.0  # see policies.Served
         is_coupled = exactness.verdict == "coupled" and not settings.batch_coupled_models
         # Cancelled sequences hold their slot until the run that they are in completes: room for one batch of them.
         num_slots = settings.max_sessions + settings.max_predict_sequences + settings.max_batch_rows
@@ -113,6 +114,7 @@ class Lane:
             self._leave(session, SessionState.CLOSED, is_taken_over=True)
             self.sessions.resume(session, link, handle, terms, now)
             was_live = True
+        self.scheduler.prioritize(session.slot, terms.priority)
         link.sessions[handle] = session
         link.version += 1
         link.members.add(session)
@@ -191,6 +193,7 @@ class Lane:
         self._gathered.take(session)
         if not self.scheduler.cancel(session.slot):
             self.slab.free(np.array([session.slot]))
+        self.scheduler.prioritize(session.slot)
 
     def _fail(self, session: Session, error: ServiceError, state: SessionState) -> None:
         """End a session through a fault or a limit of the server, and tell its link why."""

@@ -1,8 +1,9 @@
-"""A Predict call: whole sequences that pass through the scheduler like any others, as many at once as have room."""
+"""Predict calls: whole sequences that pass through the scheduler like any others, as many at once as have room."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from models.spec import Layout
 from service.events import Answer, Closed, Event, Link, StepsFailed
 from service.inputs import bad_rows, bad_value
 from service.lane import Lane
-from service.sessions import ANONYMOUS
+from service.policies import Priority, Turns
+from service.sessions import ANONYMOUS, Terms
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -34,6 +36,7 @@ class Sequences:
     """Outputs to answer, by index."""
     emit_last: bool = False
     return_state: bool = False
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(slots=True)
@@ -60,6 +63,7 @@ class PredictCall:
             wants_states=sequences.return_state,
             is_predicting=True,
         )
+        self.priority = sequences.priority
         self._sequences = sequences
         self._starts = np.cumsum(sequences.lengths) - sequences.lengths
         self._num_fed = 0
@@ -95,6 +99,11 @@ class PredictCall:
         """Whether every sequence has been queued."""
         return self._num_fed == len(self._starts)
 
+    @property
+    def num_held(self) -> int:
+        """Sequences that hold a slot."""
+        return self._num_fed - self._num_done
+
     def feed(self, room: int, now: float) -> None:
         """Open, queue and close at most `room` more sequences."""
         part = slice(self._num_fed, self._num_fed + room)
@@ -103,7 +112,7 @@ class PredictCall:
         starts, lengths = self._starts[part].tolist(), sequences.lengths[part].tolist()
         self._num_fed += len(starts)
         self._stop_waiting(sum(lengths))
-        submit_sequences(self.lane, self.link, sequences.inputs, starts, lengths, states, now)
+        submit_sequences(self.lane, self.link, sequences.inputs, starts, lengths, states, now, self.priority)
 
     def withdraw(self) -> None:
         """Feed no more."""
@@ -132,6 +141,57 @@ class PredictCall:
             self.result.set_exception(event.error)
 
 
+class CallLine:
+    """Calls of one lane with sequences that wait for a slot.
+
+    Calls take turns, from the highest class of priority down. None may hold more slots than it leaves free, so that
+    there is room at once for a call that comes later, however many sequences those before it have; but whoever holds
+    none gets one, if there is one.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._lines: tuple[deque[PredictCall], ...] = tuple(deque() for _ in Priority)
+        self._turns = Turns()
+
+    def __bool__(self) -> bool:
+        return any(self._lines)
+
+    def append(self, call: PredictCall) -> None:
+        """Let a call wait."""
+        self._lines[call.priority].append(call)
+
+    def discard(self, call: PredictCall) -> None:
+        """Let a call wait no more, if it does."""
+        if call in self._lines[call.priority]:
+            self._lines[call.priority].remove(call)
+
+    def feed(self, now: float) -> None:
+        """Queue sequences of some calls, if there is room."""
+        lane = self._lane
+        limit = lane.settings.max_predict_sequences
+        if not self or lane.num_predicting >= limit:
+            return
+        waiting = [rank for rank, line in enumerate(self._lines) if line]
+        served = set()
+        for rank in self._turns.order(waiting):
+            line = self._lines[rank]
+            for _ in range(len(line)):
+                room = limit - lane.num_predicting
+                if not room:
+                    break
+                call = line.popleft()
+                held = call.num_held
+                if (num := max((room - held) // 2, int(not held))) > 0:
+                    call.feed(num, now)
+                    served.add(rank)
+                if not call.is_fed:
+                    line.append(call)
+            else:
+                line.rotate(-1)  # another one is the first to choose next time
+        self._turns.end(waiting, sorted(served))
+
+
 def submit_sequences(
     lane: Lane,
     link: Link,
@@ -140,23 +200,28 @@ def submit_sequences(
     lengths: list[int],
     states: Sequence[Array | None],
     now: float,
+    priority: Priority = Priority.NORMAL,
 ) -> None:
     """Open, queue and close whole sequences; their handles count on from link.num_opened.
 
     inputs   per-step inputs, packed; starts and lengths [n] say which rows
     states   for each state [n, *row shape] or None for zeros
     """
+    terms = ANONYMOUS if priority is Priority.NORMAL else Terms(priority=priority)
     slots = lane.slab.allocate(len(starts))
     for index, rows in enumerate(states):
         if rows is not None:
             lane.slab.write(slots, index, rows)
     numbers = slots.tolist()
     for slot, length in zip(numbers, lengths, strict=True):
-        session = lane.sessions.open(slot, link, link.num_opened, ANONYMOUS, now)
+        session = lane.sessions.open(slot, link, link.num_opened, terms, now)
         session.expected = length
         lane.sessions.drain(session)
         link.members.add(session)
         link.num_opened += 1
+    if priority is not Priority.NORMAL:
+        for slot in numbers:
+            lane.scheduler.prioritize(slot, priority)
     lane.num_predicting += len(numbers)
     lane.tally.sequences += len(numbers)
     lane.scheduler.submit(numbers, lengths, starts, inputs)

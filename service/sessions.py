@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.errors import AnswersNotKept, Exhausted, PositionGap, ServiceError, SessionNotFound, StepAborted
+from service.policies import Priority
 
 Array = npt.NDArray[Any]
 NEVER = -1
@@ -50,6 +51,7 @@ class Terms:
     linger_s: float = 0.0
     replay_window: int = 0
     resume_only: bool = False
+    priority: Priority = Priority.NORMAL
 
 
 ANONYMOUS = Terms()

@@ -11,8 +11,9 @@ from service import express
 from service.crews import Crew
 from service.events import Answer, Steps
 from service.lane import Lane
+from service.policies import Priority
 from service.sessions import Terms
-from tests.lanes import Client, drive, lane_maker, run_alone, steps
+from tests.lanes import Client, drive, finish, lane_maker, run_alone, steps
 
 
 @pytest.fixture
@@ -116,6 +117,27 @@ def test_what_needs_a_closer_look_takes_the_long_way(lane_of, act):
     assert ride(lane) is None
     assert lane.inbox == inbox
     assert not client.told(Answer)
+
+
+def test_more_than_fits_waits_in_line_where_sessions_have_priorities(lane_of):
+    lane = lane_of("lstm", max_batch_rows=4)
+    clients = [Client(lane) for _ in range(3)]
+    for client in clients:
+        for _ in range(3):
+            client.open()
+    for client in clients:
+        send(client, {handle: steps(handle, 1)[0] for handle in range(3)})
+    assert express.num_rows(lane) == (1, 3)
+    high = Client(lane)
+    high.open(Terms(priority=Priority.HIGH))
+    send(high, {0: steps(9, 1)[0]})
+    assert ride(lane) is None
+    lane.flush()
+    finish(lane, lane.next_run(0.0))
+    assert [len(client.told(Answer)) for client in (*clients, high)] == [1, 0, 0, 1]
+    drive(lane)
+    send(high, {0: steps(9, 1)[0]})
+    assert ride(lane)
 
 
 @pytest.mark.parametrize(
