@@ -129,6 +129,10 @@ class TestPredict:
             error = refused(lambda request=request: stub.Predict(request), grpc.StatusCode.INVALID_ARGUMENT)
             assert field_of(details(error)) == field
 
+    def test_unknown_priority_names_those_there_are(self, stub: object) -> None:
+        error = refused(lambda: predict(stub, "lstm", [X], priority=4), grpc.StatusCode.INVALID_ARGUMENT, "low (3)")
+        assert field_of(details(error)) == "priority"
+
     def test_states_for_another_number_of_sequences(self, stub: object) -> None:
         states = pb.Tensor(name="state.0.h", data=np.zeros((2, 1, 8), np.float32).tobytes())
         request = pb.PredictRequest(model="lstm", inputs=[pb.Tensor(data=X.tobytes()), states])
@@ -358,6 +362,7 @@ class TestOpen:
             pb.SessionOpen(session_id="a", linger=Duration(seconds=10**6)),
             pb.SessionOpen(session_id="a", linger=Duration(seconds=-1)),
             pb.SessionOpen(linger=Duration(seconds=1)),
+            pb.SessionOpen(priority=4),
         ],
     )
     def test_terms_that_can_not_be_had(self, stub: object, session: pb.SessionOpen) -> None:

@@ -21,7 +21,7 @@ from service.client._base import READY_INTERVAL_S, ClientBase, check_timeout, de
 from service.client._channel import HEALTH_CHECK
 from service.client._terms import SequenceTerms
 from service.client.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable
-from service.client.info import Emit, ModelInfo, ModelList, Prediction
+from service.client.info import Emit, ModelInfo, ModelList, Prediction, Priority
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1.rnnserve_pb2_grpc import SequenceServiceStub
 
@@ -84,6 +84,7 @@ class AsyncClient(ClientBase):
         emit: Emit = "all",
         states: Mapping[str, npt.ArrayLike] | None = None,
         return_state: bool = False,
+        priority: Priority = "normal",
         timeout: float | None = None,
     ) -> Prediction:
         """Run whole sequences of any lengths.
@@ -95,12 +96,20 @@ class AsyncClient(ClientBase):
         emit          "all" steps of per-step outputs, or the "last"
         states        initial states [sequences, directions, hidden] by name; zeros where none are given
         return_state  answer the final states too
+        priority      which work of the model goes first: "high", "normal" or "low"
         timeout       seconds for all of it
         Returns one array a sequence: [time, ...], or one row [...] of a per-sequence output or under "last".
         """
         info = await self._find(model, version, timeout)
         request, lengths = _codec.predict_request(
-            info, xs, version=version, outputs=outputs, emit=emit, states=states, return_state=return_state
+            info,
+            xs,
+            version=version,
+            outputs=outputs,
+            emit=emit,
+            states=states,
+            return_state=return_state,
+            priority=priority,
         )
         try:
             response = await self._call("Predict", request, timeout)
@@ -123,6 +132,7 @@ class AsyncClient(ClientBase):
         linger: float = 0.0,
         replay_window: int = 0,
         resume_only: bool = False,
+        priority: Priority = "normal",
         states: Mapping[str, npt.ArrayLike] | None = None,
         timeout: float | None = None,
     ) -> AsyncStream:
@@ -136,6 +146,7 @@ class AsyncClient(ClientBase):
         replay_window  steps whose answers the server keeps, so that those under way when the connection broke are not
                        lost; no more are under way at a time
         resume_only    fail with NotFound unless the session is live
+        priority       which work of the model goes first: "high", "normal" or "low"
         states         initial states [directions, hidden] by name; zeros where none are given
         timeout        seconds to open the stream, and seconds after which a step that has not begun to run is rejected
         """
@@ -149,6 +160,7 @@ class AsyncClient(ClientBase):
             linger_s=linger,
             replay_window=replay_window,
             resume_only=resume_only,
+            priority=priority,
             states=states or {},
             timeout_s=timeout,
         )

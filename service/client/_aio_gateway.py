@@ -16,7 +16,7 @@ from service.client._aio_call import AsyncCall, wait_opened
 from service.client._columns import Events, GatewayMachine
 from service.client._terms import SequenceTerms
 from service.client.errors import DeadlineExceeded, FailedPrecondition
-from service.client.info import ModelInfo
+from service.client.info import ModelInfo, Priority
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.tensors import Array
 
@@ -98,6 +98,7 @@ class AsyncGateway:
         linger: float = 0.0,
         replay_window: int = 0,
         resume_only: bool = False,
+        priority: Priority = "normal",
         states: Mapping[str, npt.ArrayLike] | None = None,
     ) -> int:
         """Open a session with the next `send` or `flush`, and return its handle.
@@ -106,7 +107,12 @@ class AsyncGateway:
         """
         machine = self._open_line[1]
         return machine.open(
-            session_id, linger_s=linger, replay_window=replay_window, resume_only=resume_only, states=states
+            session_id,
+            linger_s=linger,
+            replay_window=replay_window,
+            resume_only=resume_only,
+            priority=priority,
+            states=states,
         )
 
     async def send(

@@ -31,6 +31,13 @@ _OPTIONS = (
     click.option("--cert", type=_FILE, help="PEM file of the certificate to show; turns --tls on."),
     click.option("--key", type=_FILE, help="PEM file of its private key."),
 )
+priority_option = click.option(
+    "--priority",
+    type=click.Choice(["high", "normal", "low"]),
+    default="normal",
+    show_default=True,
+    help="Which work of the model goes first.",
+)
 
 
 def server_options(command: F) -> F:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.client._cli_options import client_of, server_options
+from service.client._cli_options import client_of, priority_option, server_options
 
 if TYPE_CHECKING:
     from service.client import Client
     from service.client._files import Step
-    from service.client.info import Emit, ModelInfo, Prediction
+    from service.client.info import Emit, ModelInfo, Prediction, Priority
 
 CALL_SEQUENCES = 256
 CALL_BYTES = 8 * 1024 * 1024
@@ -28,6 +28,7 @@ CALL_BYTES = 8 * 1024 * 1024
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a sequence.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the outputs to an .npz file.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Longest time for each call.")
+@priority_option
 @server_options
 def predict(
     model: str,
@@ -35,6 +36,7 @@ def predict(
     model_version: int,
     output: Path | None,
     timeout: float | None,
+    priority: Priority,
     *,
     last: bool,
     as_json: bool,
@@ -52,7 +54,7 @@ def predict(
         info = client.model(model, model_version, timeout=timeout)
         sequences = [found for path in files for found in read_sequences(path, info)]
         saved: dict[str, Any] = {}
-        for names, prediction in _calls(client, info, sequences, last=last, timeout=timeout):
+        for names, prediction in _calls(client, info, sequences, last=last, timeout=timeout, priority=priority):
             if output is not None:
                 _collect(saved, names, prediction)
             for line in _lines(info, names, prediction, last=last, as_json=as_json):
@@ -62,9 +64,12 @@ def predict(
 
 
 def _calls(
-    client: Client, info: ModelInfo, sequences: list[tuple[str, Step]], *, last: bool, timeout: float | None
+    client: Client, info: ModelInfo, sequences: list[tuple[str, Step]], *, last: bool, **terms: Any
 ) -> Iterator[tuple[list[str], Prediction]]:
-    """Predict in calls of a bounded size: (names, prediction)."""
+    """Predict in calls of a bounded size: (names, prediction).
+
+    terms  arguments of Client.predict
+    """
     names: list[str] = []
     batch: list[Any] = []
     emit: Emit = "last" if last else "all"
@@ -75,7 +80,7 @@ def _calls(
         num_bytes += sum(x.nbytes for x in (sequence.values() if isinstance(sequence, dict) else [sequence]))
         if i + 1 == len(sequences) or len(batch) == CALL_SEQUENCES or num_bytes > CALL_BYTES:
             xs = {key: [x[key] for x in batch] for key in sequence} if isinstance(sequence, dict) else batch
-            yield names, client.predict(info.name, xs, version=info.version, emit=emit, timeout=timeout)
+            yield names, client.predict(info.name, xs, version=info.version, emit=emit, **terms)
             names, batch, num_bytes = [], [], 0
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from service.client._cli_options import client_of, server_options
+from service.client._cli_options import client_of, priority_option, server_options
+
+if TYPE_CHECKING:
+    from service.client.info import Priority
 
 T = TypeVar("T")
 REPLAY_WINDOW = 256
@@ -30,6 +33,7 @@ REPLAY_WINDOW = 256
 )
 @click.option("--resume", is_flag=True, help="Go on with the session, which must be live.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Longest time to open, or for a step to wait.")
+@priority_option
 @server_options
 def stream(
     model: str,
@@ -39,6 +43,7 @@ def stream(
     session: str,
     linger: float,
     timeout: float | None,
+    priority: Priority,
     *,
     as_json: bool,
     resume: bool,
@@ -64,6 +69,7 @@ def stream(
             linger=linger,
             replay_window=REPLAY_WINDOW if linger else 0,
             resume_only=resume,
+            priority=priority,
             timeout=timeout,
         )
         with live as sequence:

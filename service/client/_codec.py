@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from service import tensors
 from service.client.errors import InvalidArgument, ProtocolError
-from service.client.info import Emit, Layout, ModelInfo, Prediction, StateInfo, TensorInfo
+from service.client.info import Emit, Layout, ModelInfo, Prediction, Priority, StateInfo, TensorInfo
 from service.errors import ServiceError
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.tensors import Array
@@ -39,6 +39,9 @@ ENUM_BY_LAYOUT: Mapping[Layout, pb.Layout] = MappingProxyType(
 )
 LAYOUT_BY_ENUM: Mapping[int, Layout] = MappingProxyType({enum: name for name, enum in ENUM_BY_LAYOUT.items()})
 ENUM_BY_EMIT: Mapping[Emit, pb.Emit] = MappingProxyType({"all": pb.EMIT_ALL, "last": pb.EMIT_LAST})
+ENUM_BY_PRIORITY: Mapping[Priority, pb.Priority] = MappingProxyType(
+    {"high": pb.PRIORITY_HIGH, "normal": pb.PRIORITY_NORMAL, "low": pb.PRIORITY_LOW}
+)
 ENUM_BY_STEP_MODE: Mapping[str, pb.StepMode] = MappingProxyType(
     {
         "stepping": pb.STEP_MODE_STEPPING,
@@ -55,6 +58,13 @@ def emit_enum(emit: Emit) -> pb.Emit:
     if emit not in ENUM_BY_EMIT:
         raise InvalidArgument(f'emit: expected "all" or "last", got {emit!r}')
     return ENUM_BY_EMIT[emit]
+
+
+def priority_enum(priority: Priority) -> pb.Priority:
+    """Translate `priority`. Raises InvalidArgument for a word that is not "high", "normal" or "low"."""
+    if priority not in ENUM_BY_PRIORITY:
+        raise InvalidArgument(f'priority: expected "high", "normal" or "low", got {priority!r}')
+    return ENUM_BY_PRIORITY[priority]
 
 
 def cast(value: npt.ArrayLike, info: TensorInfo | StateInfo, where: str) -> Array:
@@ -133,6 +143,7 @@ def predict_request(
     emit: Emit = "all",
     states: Mapping[str, npt.ArrayLike] | None = None,
     return_state: bool = False,
+    priority: Priority = "normal",
 ) -> tuple[pb.PredictRequest, list[int]]:
     """Pack whole sequences.
 
@@ -142,7 +153,12 @@ def predict_request(
     Returns the request and the steps of each sequence. Raises InvalidArgument.
     """
     request = pb.PredictRequest(
-        model=info.name, version=version, outputs=outputs or (), emit=emit_enum(emit), return_state=return_state
+        model=info.name,
+        version=version,
+        outputs=outputs or (),
+        emit=emit_enum(emit),
+        return_state=return_state,
+        priority=priority_enum(priority),
     )
     lengths: list[int] = []
     for spec, value in _by_input(info, info.inputs, xs):

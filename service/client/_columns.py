@@ -28,7 +28,7 @@ from service.client.errors import (
     SessionFailed,
     StepRejected,
 )
-from service.client.info import ModelInfo
+from service.client.info import ModelInfo, Priority
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.tensors import Array
 
@@ -150,12 +150,17 @@ class GatewayMachine:
         linger_s: float,
         replay_window: int,
         resume_only: bool,
+        priority: Priority,
         states: Mapping[str, npt.ArrayLike] | None,
     ) -> int:
         """Note a session to open; `flush` makes the request. Returns its handle."""
         handle = self.num_opened
         opening = session_open(
-            session_id=session_id, linger_s=linger_s, replay_window=replay_window, resume_only=resume_only
+            session_id=session_id,
+            linger_s=linger_s,
+            replay_window=replay_window,
+            resume_only=resume_only,
+            priority=priority,
         )
         self._opens.append((opening, states or {}))
         self.num_opened += 1

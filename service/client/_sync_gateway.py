@@ -14,7 +14,7 @@ from service.client._columns import Events, GatewayMachine
 from service.client._sync_call import Call, wait_opened
 from service.client._terms import SequenceTerms
 from service.client.errors import FailedPrecondition
-from service.client.info import ModelInfo
+from service.client.info import ModelInfo, Priority
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.tensors import Array
 
@@ -87,6 +87,7 @@ class Gateway:
         linger: float = 0.0,
         replay_window: int = 0,
         resume_only: bool = False,
+        priority: Priority = "normal",
         states: Mapping[str, npt.ArrayLike] | None = None,
     ) -> int:
         """Open a session with the next `send` or `flush`, and return its handle.
@@ -96,7 +97,12 @@ class Gateway:
         machine = self._open_line[1]
         with self._lock:
             return machine.open(
-                session_id, linger_s=linger, replay_window=replay_window, resume_only=resume_only, states=states
+                session_id,
+                linger_s=linger,
+                replay_window=replay_window,
+                resume_only=resume_only,
+                priority=priority,
+                states=states,
             )
 
     def send(

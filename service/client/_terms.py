@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from service.client import _codec
 from service.client.errors import InvalidArgument
-from service.client.info import Emit, ModelInfo
+from service.client.info import Emit, ModelInfo, Priority
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 
 
@@ -35,6 +35,8 @@ class SequenceTerms:
     """Steps whose answers the server keeps for a resend."""
     resume_only: bool = False
     """Take a live session or none."""
+    priority: Priority = "normal"
+    """Which work of the model goes first."""
     timeout_s: float | None = None
     """Time after which steps that have not begun to run are rejected."""
     states: Mapping[str, npt.ArrayLike] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class SequenceTerms:
         if self.step_mode is not None and self.step_mode not in _codec.ENUM_BY_STEP_MODE:
             words = ", ".join(_codec.ENUM_BY_STEP_MODE)
             raise InvalidArgument(f"step_mode: expected one of {words}, got {self.step_mode!r}")
+        _codec.priority_enum(self.priority)
         if self.resume_only and not self.session_id:
             raise InvalidArgument("resume_only needs a session_id: an anonymous session can't be resumed")
         for name in ("linger_s", "replay_window", "timeout_s"):
@@ -64,6 +67,7 @@ class SequenceTerms:
             linger_s=self.linger_s,
             replay_window=self.replay_window,
             resume_only=self.resume_only or resume,
+            priority=self.priority,
         )
         if not self.states or resume:
             opening.open.sessions.append(session)
@@ -83,9 +87,16 @@ def stream_open(
     return pb.StreamPredictRequest(open=opening)
 
 
-def session_open(*, session_id: str, linger_s: float, replay_window: int, resume_only: bool) -> pb.SessionOpen:
-    """Make what opens one session."""
-    session = pb.SessionOpen(session_id=session_id, replay_window=replay_window, resume_only=resume_only)
+def session_open(
+    *, session_id: str, linger_s: float, replay_window: int, resume_only: bool, priority: Priority
+) -> pb.SessionOpen:
+    """Make what opens one session. Raises InvalidArgument."""
+    session = pb.SessionOpen(
+        session_id=session_id,
+        replay_window=replay_window,
+        resume_only=resume_only,
+        priority=_codec.priority_enum(priority),
+    )
     if linger_s:
         session.linger.CopyFrom(duration(linger_s))
     return session

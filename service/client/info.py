@@ -11,6 +11,7 @@ from service.tensors import Array
 Layout = Literal["per_step", "per_sequence", "shared"]
 StepMode = Literal["stepping", "chunked", "buffered", "generative"]
 Emit = Literal["all", "last"]
+Priority = Literal["high", "normal", "low"]
 
 
 @dataclass(frozen=True, slots=True)

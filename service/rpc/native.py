@@ -18,7 +18,7 @@ from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.predict import Sequences
 from service.repository import Broken
 from service.rpc.codec import LanePlan, lengths_of, model_message, tensor_of
-from service.rpc.requests import read_request
+from service.rpc.requests import priority_of, read_request
 from service.rpc.stream import Stream
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"]
@@ -70,6 +70,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
                 outputs=outputs,
                 emit_last=request.emit == pb.EMIT_LAST,
                 return_state=request.return_state,
+                priority=priority_of(request.priority),
             ),
         )
         tensors = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from google.protobuf.message import DecodeError
 
 from models.spec import StepMode
@@ -9,8 +11,16 @@ from service.config import Settings
 from service.errors import InvalidInput, NotSteppable, ShapeMismatch
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.policies import Priority
 from service.rpc.codec import MAX_NAME_BYTES, STEP_MODES
 from service.sessions import Terms
+
+_PRIORITIES: Mapping[int, Priority] = {
+    pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    pb.PRIORITY_HIGH: Priority.HIGH,
+    pb.PRIORITY_NORMAL: Priority.NORMAL,
+    pb.PRIORITY_LOW: Priority.LOW,
+}
 
 
 def read_request(raw: bytes) -> pb.StreamPredictRequest:
@@ -40,6 +50,13 @@ def check_step_mode(lane: Lane, request: pb.StreamOpen) -> None:
     )
 
 
+def priority_of(value: int) -> Priority:
+    """Read a class of priority. Raises InvalidInput."""
+    if value not in _PRIORITIES:
+        raise InvalidInput(f"priority {value} is unknown: it is high (1), normal (2) or low (3)", field="priority")
+    return _PRIORITIES[value]
+
+
 def terms_of(session: pb.SessionOpen, settings: Settings) -> Terms:
     """Read what a client asks of a session. Raises InvalidInput."""
     linger_s = session.linger.ToNanoseconds() / 1e9
@@ -59,6 +76,7 @@ def terms_of(session: pb.SessionOpen, settings: Settings) -> Terms:
         linger_s=linger_s,
         replay_window=session.replay_window,
         resume_only=session.resume_only,
+        priority=priority_of(session.priority),
     )
 
 

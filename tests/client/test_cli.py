@@ -240,6 +240,7 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(run, args, stdin, code, me
         ["predict", "flow"],
         ["stream", "flow", "--resume"],
         ["stream", "flow", "--rate", "0"],
+        ["stream", "flow", "--priority", "urgent"],
         ["models", "--cert", __file__],
         ["nothing"],
         ["--nothing"],

@@ -100,6 +100,7 @@ def test_what_predict_refuses(xs, message):
     ("options", "message"),
     [
         ({"emit": "first"}, 'emit: expected "all" or "last"'),
+        ({"priority": "urgent"}, 'priority: expected "high", "normal" or "low"'),
         ({"states": {"h": np.zeros((1, 1, 1))}}, "no state 'h': it has state.0.h"),
         ({"states": {"state.0.h": np.zeros((1, 1))}}, r"state.0.h: expected shape \[sequences, 1, 1\]"),
     ],
@@ -304,6 +305,7 @@ def test_given_options_win_and_certificates_turn_tls_on():
     [
         ({"step_mode": "fast"}, "step_mode: expected one of stepping, chunked"),
         ({"resume_only": True}, "resume_only needs a session_id"),
+        ({"priority": "urgent"}, 'priority: expected "high", "normal" or "low", got \'urgent\''),
         ({"linger_s": -1}, "linger_s: expected at least 0, got -1"),
         ({"replay_window": -1}, "replay_window: expected at least 0"),
     ],

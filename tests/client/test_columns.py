@@ -28,7 +28,14 @@ def gateway(num_sessions=0, **terms):
 
 
 def open_session(machine, session_id="", *, linger_s=0.0, replay_window=0, states=None):
-    return machine.open(session_id, linger_s=linger_s, replay_window=replay_window, resume_only=False, states=states)
+    return machine.open(
+        session_id,
+        linger_s=linger_s,
+        replay_window=replay_window,
+        resume_only=False,
+        priority="normal",
+        states=states,
+    )
 
 
 def answered(**columns):

@@ -31,6 +31,13 @@ class Emit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EMIT_ALL: _ClassVar[Emit]
     EMIT_LAST: _ClassVar[Emit]
 
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_UNSPECIFIED: _ClassVar[Priority]
+    PRIORITY_HIGH: _ClassVar[Priority]
+    PRIORITY_NORMAL: _ClassVar[Priority]
+    PRIORITY_LOW: _ClassVar[Priority]
+
 class StepMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STEP_MODE_UNSPECIFIED: _ClassVar[StepMode]
@@ -72,6 +79,10 @@ LAYOUT_SHARED: Layout
 EMIT_UNSPECIFIED: Emit
 EMIT_ALL: Emit
 EMIT_LAST: Emit
+PRIORITY_UNSPECIFIED: Priority
+PRIORITY_HIGH: Priority
+PRIORITY_NORMAL: Priority
+PRIORITY_LOW: Priority
 STEP_MODE_UNSPECIFIED: StepMode
 STEP_MODE_STEPPING: StepMode
 STEP_MODE_CHUNKED: StepMode
@@ -222,20 +233,22 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., cell: _Optional[str] = ..., topology: _Optional[str] = ..., step_mode: _Optional[_Union[StepMode, str]] = ..., step_mode_reason: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., states: _Optional[_Iterable[_Union[StateSpec, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., vocabulary: _Optional[_Iterable[str]] = ..., task: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., num_parameters: _Optional[int] = ..., exactness: _Optional[_Union[Exactness, str]] = ..., exactness_detail: _Optional[str] = ..., provider: _Optional[str] = ..., max_inflight_steps: _Optional[int] = ..., spec_json: _Optional[str] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
-    __slots__ = ("model", "version", "inputs", "outputs", "emit", "return_state")
+    __slots__ = ("model", "version", "inputs", "outputs", "emit", "return_state", "priority")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     EMIT_FIELD_NUMBER: _ClassVar[int]
     RETURN_STATE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
     outputs: _containers.RepeatedScalarFieldContainer[str]
     emit: Emit
     return_state: bool
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[str]] = ..., emit: _Optional[_Union[Emit, str]] = ..., return_state: bool = ...) -> None: ...
+    priority: Priority
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[str]] = ..., emit: _Optional[_Union[Emit, str]] = ..., return_state: bool = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class PredictResponse(_message.Message):
     __slots__ = ("model", "version", "digest", "outputs")
@@ -274,16 +287,18 @@ class StreamOpen(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., outputs: _Optional[_Iterable[str]] = ..., emit: _Optional[_Union[Emit, str]] = ..., step_mode: _Optional[_Union[StepMode, str]] = ..., sessions: _Optional[_Iterable[_Union[SessionOpen, _Mapping]]] = ...) -> None: ...
 
 class SessionOpen(_message.Message):
-    __slots__ = ("session_id", "linger", "replay_window", "resume_only")
+    __slots__ = ("session_id", "linger", "replay_window", "resume_only", "priority")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     LINGER_FIELD_NUMBER: _ClassVar[int]
     REPLAY_WINDOW_FIELD_NUMBER: _ClassVar[int]
     RESUME_ONLY_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     linger: _duration_pb2.Duration
     replay_window: int
     resume_only: bool
-    def __init__(self, session_id: _Optional[str] = ..., linger: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., replay_window: _Optional[int] = ..., resume_only: bool = ...) -> None: ...
+    priority: Priority
+    def __init__(self, session_id: _Optional[str] = ..., linger: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., replay_window: _Optional[int] = ..., resume_only: bool = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
 
 class StreamFrame(_message.Message):
     __slots__ = ("handles", "positions", "lengths", "tensors", "opens", "closes", "timeout", "acked_positions")
