@@ -13,6 +13,7 @@ Laws:
     the first slot of the class that leads is in the batch; what ran goes to the end of its line, so none waits for ever
     where there is room, a slot is passed over only for being short; while its class leads, at most once for each power
         of two of steps
+    rows that are padded by half or more are so by no more steps, together, than another run would cost
     where a lower class leads, the first slot of the highest is in the batch too if it has two rows, and the batch is as
         short as suits both: only a batch of one row, or of whole entries, makes it wait for more than what runs already
 
@@ -43,6 +44,10 @@ class BatchConfig:
     """Most steps that a slot advances in one batch."""
     whole: bool = False
     """Never cut an entry (a model that needs the whole sequence); batches are grouped by length."""
+    padding_steps: int = 48
+    """Padding, in steps of one row, that costs no more than another run would."""
+    padding_share: float = 0.125
+    """Padding, as a share of the steps of a run, that is worth less than a fuller batch."""
     max_whole_steps: int = 8_192
     """Most steps of a batch of whole entries, over all rows and beyond the first, so that no run takes long."""
 
@@ -284,7 +289,7 @@ class Scheduler:
         """Choose slots that run well together with the first one in line, which always runs.
 
         Returns (slots, most steps to advance). Longer entries always join, for as many steps as the first one wants;
-        shorter ones join if more than half of those steps are theirs, so padding stays below half of any row.
+        shorter ones join if more than half of those steps are theirs, and others as far as there is room for padding.
         """
         config = self.config
         window, num_leaders = self._line.candidates(4 * config.max_rows)  # more than fit, to choose companions from
@@ -293,9 +298,42 @@ class Scheduler:
             fits, limit = self._fit_whole(lengths), max(lengths)
         else:
             limit = min(1 << (min(lengths[:num_leaders]) - 1).bit_length(), config.max_chunk_steps)
-            fits = [2 * length > limit for length in lengths]  # the first one always does
+            if not self._line.is_mixed:
+                limit = self._stretch(window[: config.max_rows], lengths[: config.max_rows], limit)
+            fits = self._fit(lengths, limit)  # the first one always does
         chosen = [slot for slot, is_in in zip(window, fits, strict=True) if is_in]
         return chosen[: config.max_rows], limit
+
+    def _stretch(self, slots: list[int], lengths: list[int], limit: int) -> int:
+        """Let the first slots advance by more than the first one wants, where all can and the padding is little.
+
+        What has not begun is not held up so: the ends of longer entries are what is padded.
+        """
+        longest = min(1 << (max(lengths) - 1).bit_length(), self.config.max_chunk_steps)
+        while longest > limit:
+            padding = sum([longest - length for length in lengths if length < longest])
+            num_steps = sum([min(length, longest) for length in lengths])
+            if padding <= self._room(num_steps) and all(
+                2 * length > longest or self._done[slot] for slot, length in zip(slots, lengths, strict=True)
+            ):
+                return longest
+            longest = 1 << (longest - 1).bit_length() - 1
+        return limit
+
+    def _fit(self, lengths: list[int], limit: int) -> list[bool]:
+        """Mark entries that join a run of that many steps."""
+        fits = [2 * length > limit for length in lengths]
+        steps = [min(length, limit) for length, is_in in zip(lengths, fits, strict=True) if is_in]
+        room = self._room(sum(steps[: self.config.max_rows]))
+        for index, length in enumerate(lengths):
+            if not fits[index] and limit - length <= room:
+                fits[index] = True
+                room -= limit - length
+        return fits
+
+    def _room(self, num_steps: int) -> float:
+        """Padding that a run of so many steps, over all rows, may have."""
+        return max(self.config.padding_steps, self.config.padding_share * num_steps)
 
     def _fit_whole(self, lengths: list[int]) -> list[bool]:
         """Mark entries whose lengths are close, as many as a run may hold."""

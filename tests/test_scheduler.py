@@ -11,6 +11,9 @@ NEVER = float("inf")
 HIGH, NORMAL, LOW = Priority
 
 
+UNPADDED = {"padding_steps": 0, "padding_share": 0.0}
+
+
 def submit(scheduler, lengths, *, payload=None, deadlines=None):
     """Queue one entry a slot: {slot: steps}."""
     slots, counts = list(lengths), list(lengths.values())
@@ -80,7 +83,7 @@ def test_everyone_has_a_turn_before_anyone_has_two():
 
 
 def test_a_short_entry_is_passed_over_once_for_each_halving_at_most():
-    scheduler = Scheduler(64, BatchConfig(max_rows=64, max_chunk_steps=16))
+    scheduler = Scheduler(64, BatchConfig(**UNPADDED, max_rows=64, max_chunk_steps=16))
     submit(scheduler, {0: 16, 1: 8, 2: 4, 3: 2, 4: 1} | dict.fromkeys(range(5, 64), 1000))
     batches = [run(scheduler) for _ in range(5)]
     assert [4 in batch for batch in batches] == [False, False, False, False, True]
@@ -88,7 +91,7 @@ def test_a_short_entry_is_passed_over_once_for_each_halving_at_most():
 
 
 def test_longer_entries_join_a_batch_and_much_shorter_ones_do_not():
-    scheduler = Scheduler(5, BatchConfig(max_chunk_steps=16))
+    scheduler = Scheduler(5, BatchConfig(**UNPADDED, max_chunk_steps=16))
     submit(scheduler, {0: 7, 1: 4, 2: 5, 3: 100, 4: 1})
     assert run(scheduler) == {0: 7, 2: 5, 3: 8}
     assert run(scheduler) == {1: 4, 3: 4}
@@ -97,10 +100,34 @@ def test_longer_entries_join_a_batch_and_much_shorter_ones_do_not():
 
 
 def test_companions_are_found_beyond_the_first_max_rows():
-    scheduler = Scheduler(9, BatchConfig(max_rows=2, max_chunk_steps=16))
+    scheduler = Scheduler(9, BatchConfig(**UNPADDED, max_rows=2, max_chunk_steps=16))
     submit(scheduler, {0: 16, 1: 1, 2: 1, 3: 1, 4: 16})
     assert run(scheduler) == {0: 16, 4: 16}
     assert run(scheduler) == {1: 1, 2: 1}
+
+
+def test_short_entries_join_while_their_padding_costs_less_than_another_run():
+    scheduler = Scheduler(7, BatchConfig(padding_steps=20))
+    submit(scheduler, {0: 16, 1: 8, 2: 4, 3: 7, 4: 1, 5: 40, 6: 9})
+    assert run(scheduler) == {0: 16, 1: 8, 2: 4, 5: 16, 6: 9}  # 8 + 12 = 20 steps of padding
+    assert run(scheduler) == {3: 7, 4: 1, 5: 8}
+
+
+def test_ends_of_long_entries_do_not_make_runs_short():
+    scheduler = Scheduler(5, BatchConfig(padding_steps=20))
+    submit(scheduler, {0: 18, 1: 100, 2: 21, 3: 100})
+    assert run(scheduler) == {0: 16, 1: 16, 2: 16, 3: 16}
+    assert run(scheduler) == {0: 2, 1: 8, 2: 5, 3: 8}  # of 16 steps, 14 + 11 would be padding
+    submit(scheduler, {4: 1})
+    assert run(scheduler) == {1: 16, 3: 16, 4: 1}
+    submit(scheduler, {4: 1})
+    assert run(scheduler) == {1: 16, 3: 16, 4: 1}
+
+
+def test_a_step_that_is_first_in_line_is_not_held_up_by_long_company():
+    scheduler = Scheduler(3, BatchConfig())
+    submit(scheduler, {0: 1, 1: 100, 2: 100})
+    assert run(scheduler) == {0: 1, 1: 1, 2: 1}
 
 
 def test_whole_entries_are_never_cut_and_run_beside_those_of_their_length():
@@ -143,7 +170,7 @@ def test_a_slot_cancelled_while_it_runs_is_reported_and_can_begin_again():
 
 
 def test_only_entries_that_have_not_begun_expire_with_what_is_behind_them():
-    scheduler = Scheduler(3, BatchConfig(max_chunk_steps=4))
+    scheduler = Scheduler(3, BatchConfig(**UNPADDED, max_chunk_steps=4))
     submit(scheduler, {0: 8, 1: 3, 2: 2}, deadlines=[1.0, 2.0, NEVER])
     batch = scheduler.next_batch()
     assert batch.slots == [0, 1]

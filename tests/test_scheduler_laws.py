@@ -18,6 +18,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             BatchConfig,
             max_rows=st.integers(1, 4),
             max_chunk_steps=st.integers(1, 9),
+            padding_steps=st.sampled_from([0, 5, 48]),
+            padding_share=st.sampled_from([0.0, 0.125]),
             whole=st.booleans(),
             max_whole_steps=st.sampled_from([1, 20, 1000]),
         ),
@@ -99,10 +101,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             assert set(leaders[: self.config.max_rows]) <= set(slots)
             wanted = 1 << (min(self.left(slot) for slot in leaders) - 1).bit_length()
-            assert counts == [min(rest, wanted, self.config.max_chunk_steps) for rest in left]
-            assert all(2 * count > batch.steps for count in counts)  # under half of any row is padding
+            wanted = min(wanted, self.config.max_chunk_steps)
+            if batch.steps > wanted:
+                wanted = self.check_stretched(order, batch)
+            assert counts == [min(rest, wanted) for rest in left]
+            padding = sum(wanted - count for count in counts if 2 * count <= wanted)
+            assert padding <= self.room(sum(min(self.left(slot), wanted) for slot in order))
             if len(slots) < self.config.max_rows:
-                self.check_short(order, leaders, slots, min(wanted, self.config.max_chunk_steps))
+                self.check_short(order, leaders, slots, wanted)
         for slot in slots:
             self.passed_for.pop(slot, None)
         ready = {self.priorities[slot] for slot in self.line}
@@ -112,6 +118,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.num_passed[priority] <= PATIENCE
         self.line = [slot for slot in self.line if slot not in slots]
         self.running.append(batch)
+
+    def room(self, num_steps):
+        return max(self.config.padding_steps, self.config.padding_share * num_steps)
+
+    def check_stretched(self, order, batch):
+        """A run is longer than its first row wants only if nobody is left out and nobody who is new is held up."""
+        limit = min(1 << (batch.steps - 1).bit_length(), self.config.max_chunk_steps)
+        assert batch.slots == order[: self.config.max_rows]
+        assert len({self.priorities[slot] for slot in self.line}) == 1
+        for slot, count in zip(batch.slots, batch.counts, strict=True):
+            assert 2 * count > limit or self.queues[slot][0][3] > 0
+        assert sum(limit - count for count in batch.counts) <= self.room(sum(batch.counts))
+        return limit
 
     def left(self, slot):
         _, _, length, done, _ = self.queues[slot][0]
