@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from models.spec import LENGTHS, METADATA_KEY, GraphSpec, Layout, Spec, SpecError, StepMode, TensorSpec, parse_spec
 from service.errors import ConfigError, ModelBroken, RunFailed
+from service.placement import CPU, Node, Placement
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about GPUs that can't be listed: the providers are checked below
@@ -25,11 +26,8 @@ with warnings.catch_warnings():
 Array = npt.NDArray[Any]
 Verdict = Literal["exact", "rounding", "coupled"]
 
-PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider"],
-    "cuda,cpu": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-}
+CUDA = "CUDAExecutionProvider"
+PROVIDERS = {"cpu": [CPU], "cuda": [CUDA], "cuda,cpu": [CUDA, CPU]}
 ROUNDING = 1e-5
 """Largest difference, relative to the largest value, that counts as rounding."""
 PROBE_STEPS = 23
@@ -69,33 +67,43 @@ def check_provider(provider: str) -> str:
 class Backend:
     """One loaded model file."""
 
-    def __init__(self, path: Path, *, provider: str = "cpu") -> None:
+    def __init__(
+        self, path: Path, *, provider: str = "cpu", device_id: int = 0, keeps_states: bool | None = None
+    ) -> None:
         """Load a file and check that its graph is what its spec says.
 
+        device_id     number of the GPU
+        keeps_states  whether states stay on the device; by default they do on a GPU, which a test has not
         Raises ModelBroken, with what is wrong, and ConfigError for an absent provider.
         """
-        if check_provider(provider) == PROVIDERS["cuda"][0]:
+        if check_provider(provider) == CUDA:
             ort.preload_dlls()  # the CUDA libraries that pip installed, which the loader does not look for by itself
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1  # the runner splits a batch where that pays
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # TF32 rounds float32 to 10 bits before it multiplies: the numbers would not be the CPU's.
+        cuda = {"device_id": device_id, "use_tf32": 0}
+        self._providers = [(name, cuda if name == CUDA else {}) for name in _present(provider)]
         try:
             content = path.read_bytes()
         except OSError as error:
             raise ModelBroken(f"{path}: can't be read: {error.strerror}") from error
         try:
-            self._session = ort.InferenceSession(content, options, providers=_present(provider))
-        except Exception as error:  # its errors have no common base
-            raise ModelBroken(f"{path}: onnxruntime can't load it: {_one_line(error)}") from error
+            self._session = self.open(content)
+        except ModelBroken as error:
+            raise ModelBroken(f"{path}: {error}") from error
         self.provider: str = self._session.get_providers()[0]
-        if provider == "cuda" and self.provider != PROVIDERS[provider][0]:
+        if provider == "cuda" and self.provider != CUDA:
             raise ConfigError(
-                "CUDA was asked for but did not start (see onnxruntime's message above): check the NVIDIA driver and "
-                "the CUDA libraries, or serve with --provider cuda,cpu to fall back",
+                "CUDA was asked for but did not start (see onnxruntime's message above): check the NVIDIA driver, the "
+                "CUDA libraries and --device-id, or serve with --provider cuda,cpu to fall back",
                 field="provider",
             )
+        self.device = ("cuda", device_id) if self.provider == CUDA else ("cpu", 0)
+        """Type and number of the device, as onnxruntime names them."""
+        self.keeps_states = self.provider == CUDA if keeps_states is None else keeps_states
+        """Whether the states of live sequences stay on the device from run to run."""
+        self.placement = self.place(self._session)
+        """Where the model's nodes run."""
+        self.content = content
+        """The file, which the session holds anyway."""
         self.digest = hashlib.sha256(content).hexdigest()
         self.num_bytes = len(content)
         try:
@@ -124,8 +132,37 @@ class Backend:
         try:
             results = self._session.run(self._output_names, feeds)
         except Exception as error:
-            raise RunFailed(f"onnxruntime failed: {_one_line(error)}") from error
+            raise run_failed(error) from error
         return results[: self._num_outputs], results[self._num_outputs :]
+
+    def open(self, content: bytes) -> ort.InferenceSession:
+        """Load a graph on this backend's provider. Raises ModelBroken."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1  # the runner splits a batch where that pays
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        try:
+            return ort.InferenceSession(content, options, providers=self._providers)
+        except Exception as error:  # its errors have no common base
+            raise ModelBroken(f"onnxruntime can't load it: {_one_line(error)}") from error
+
+    def place(self, session: ort.InferenceSession) -> Placement:
+        """Say where the nodes of a graph that was opened here run."""
+        nodes = [
+            Node(node.name, f"{node.domain}.{node.op_type}" if node.domain else node.op_type, part.ep_name)
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        ]
+        return Placement(self.provider, nodes)
+
+    def on_device(self, array: Array) -> ort.OrtValue:
+        """Copy an array to the device; on the CPU, share its memory. Raises MemoryError."""
+        try:
+            return ort.OrtValue.ortvalue_from_numpy(array, *self.device)
+        except Exception as error:
+            raise MemoryError(f"{array.nbytes} bytes on {self.device}: {_one_line(error)}") from error
 
     def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Bound:
         """Bind buffers to every input, `lengths` and states included, and every output of a run of one shape.
@@ -278,7 +315,12 @@ class Bound:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            raise RunFailed(f"onnxruntime failed: {_one_line(error)}") from error
+            raise run_failed(error) from error
+
+
+def run_failed(error: Exception) -> RunFailed:
+    """Say that onnxruntime failed, and how: its errors have no common base."""
+    return RunFailed(f"onnxruntime failed: {_one_line(error)}")
 
 
 def _present(provider: str) -> list[str]:

@@ -55,6 +55,8 @@ class Settings(BaseSettings):
 
     provider: Literal["cpu", "cuda", "cuda,cpu"] = "cpu"
     """onnxruntime's execution provider; "cuda" fails where CUDA is absent, "cuda,cpu" falls back to the CPU."""
+    device_id: Annotated[int, Field(ge=0)] = 0
+    """Number of the GPU, as CUDA counts those that it sees."""
     compute_threads: Positive = 1
     """Threads that a batch may be split over; it is where that is measured to be faster."""
     max_batch_rows: Positive = 256

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from service import express
 from service.config import Settings
-from service.errors import ModelNotFound, RunFailed, Unavailable
+from service.errors import ModelNotFound, RunFailed, StatesLost, Unavailable
 from service.events import Link, Steps
 from service.lane import Lane
 from service.policies import LeastServed
@@ -174,6 +174,11 @@ class Engine:
         began = time.perf_counter()
         try:
             outputs = boarded.execute()
+        except StatesLost as error:
+            log.error("a run of %s with %d rows failed: %s", lane.name, num_rows, error)
+            lane.lose(boarded.slots.tolist(), error)
+            self.wake()
+            return True
         except RunFailed:
             return False  # nothing has changed; the long way finds out whose fault it is
         seconds = time.perf_counter() - began
@@ -211,7 +216,10 @@ class Engine:
         try:
             if isinstance(outcome, BaseException):
                 log.error("a run of %s with %d rows failed: %s", lane.name, len(job.run.batch.slots), outcome)
-                lane.fail(job.run, now)
+                if isinstance(outcome, StatesLost):
+                    lane.abandon(job.run.batch, outcome)
+                else:
+                    lane.fail(job.run, now)
                 lane.attained_s += self.clock() - now
             else:
                 lane.attained_s += outcome.seconds

@@ -20,6 +20,7 @@
     +-- ConfigError               a setting that can't work (start-up)
     +-- ModelBroken               a model that can't be loaded (start-up, reload)
     +-- RunFailed                 onnxruntime failed: the server's fault
+    |   +-- StatesLost            it failed where states move in place
 
 `code` is the name of a canonical status (google.rpc.Code); `reason` is for programs, the message for people: it says
 what to do next. Anything outside this tree is a bug and reaches a caller as INTERNAL without its text.
@@ -203,3 +204,12 @@ class RunFailed(ServiceError):
     """onnxruntime failed. The server's fault; its log has the text."""
 
     reason = "RUN_FAILED"
+
+
+class StatesLost(RunFailed):
+    """The run may have moved some of its sequences' states, so none of them can go on.
+
+    The caller should open a new session and send from position 0.
+    """
+
+    reason = "STATES_LOST"

@@ -29,8 +29,7 @@ from service.errors import (
 )
 from service.events import Answer, Closed, Link, Steps, StepsFailed
 from service.inputs import bad_entries
-from service.runner import Runner
-from service.runs import Run, RunMaker
+from service.runs import Run, RunMaker, make_runner
 from service.scheduler import Batch, BatchConfig, Dropped, Scheduler
 from service.sessions import Session, SessionState, SessionTable, Terms, admit
 from service.tally import Tally
@@ -58,7 +57,7 @@ class Lane:
         is_coupled = exactness.verdict == "coupled" and not settings.batch_coupled_models
         # Cancelled sequences hold their slot until the run that they are in completes: room for one batch of them.
         num_slots = settings.max_sessions + settings.max_predict_sequences + settings.max_batch_rows
-        self.runner = Runner(backend, num_slots, settings.max_batch_rows, settings.compute_threads)
+        self.runner = make_runner(backend, num_slots, settings.max_batch_rows, settings.compute_threads)
         self.slab = self.runner.slab
         self.sessions = SessionTable()
         self.scheduler = Scheduler(
@@ -175,8 +174,11 @@ class Lane:
         if link is None:
             return
         closed = Closed(session.handle, session.applied, state, is_taken_over)
-        if link.wants_states:
-            closed.final_states = [row[0] for row in self.slab.read(np.array([session.slot]))]
+        if link.wants_states and state is SessionState.CLOSED:
+            try:
+                closed.final_states = [row[0] for row in self.slab.read(np.array([session.slot]))]
+            except RunFailed as error:
+                link.sink(StepsFailed(session.handle, session.applied, 0, error, session.applied, is_over=True))
         link.sessions.pop(session.handle, None)
         link.version += 1
         link.members.discard(session)
@@ -286,9 +288,8 @@ class Lane:
 
     def _tell_failed(self, session: Session, position: int, num_steps: int, error: ServiceError) -> None:
         self.tally.count_rejected(error.reason)
-        link: Link | None = session.link
-        if link is not None:
-            link.sink(StepsFailed(session.handle, position, num_steps, error, session.expected))
+        if session.link is not None:
+            session.link.sink(StepsFailed(session.handle, position, num_steps, error, session.expected))
 
     def _replay(self, session: Session, start: int, stop: int, *, is_entry_whole: bool) -> None:
         """Deliver kept answers of steps [start, stop) again; is_entry_whole: stop - 1 is the last step of its entry."""
@@ -316,15 +317,17 @@ class Lane:
             self.abandon(batch)
             raise
 
-    def abandon(self, batch: Batch) -> None:
-        """End the sessions of a batch that a bug, or want of memory, keeps from being completed."""
+    def abandon(self, batch: Batch, error: RunFailed | None = None) -> None:
+        """End the sessions of a batch that lost states, a bug, or want of memory keep from being completed."""
         if self.scheduler.is_in_flight(batch):
-            self.flush()
-            error = RunFailed("the server failed to run this step; its log says how")
-            for slot in batch.slots:
-                if slot in self.sessions.by_slot:
-                    self._fail(self.sessions.by_slot[slot], error, SessionState.FAILED)
+            self.lose(batch.slots, error or RunFailed("the server failed to run this step; its log says how"))
             self.slab.free(np.array(sorted(self.scheduler.complete(batch))))
+
+    def lose(self, slots: list[int], error: RunFailed) -> None:
+        """End the sessions that hold some slots."""
+        self.flush()  # what has arrived for a session must not outlive it
+        for session in [self.sessions.by_slot[slot] for slot in slots if slot in self.sessions.by_slot]:
+            self._fail(session, error, SessionState.FAILED)
 
     def complete(self, run: Run, outputs: list[Array], now: float, seconds: float) -> None:
         """Take the results of a run: answer links, end what drains."""
@@ -369,15 +372,12 @@ class Lane:
 
     def fail(self, run: Run, now: float) -> None:
         """A run failed: run each row alone, so that only sequences that fail by themselves are lost."""
-        self.flush()  # what has arrived for a session must not outlive it
         for index, slot in enumerate(run.batch.slots):
             part = self.runs.make(run.batch.row(index))
             try:
                 outputs = part.execute()
             except RunFailed as error:
-                session = self.sessions.by_slot.get(slot)
-                if session is not None:
-                    self._fail(session, error, SessionState.FAILED)
+                self.lose([slot], error)
                 self.scheduler.complete(part.batch)
                 self.slab.free(part.slots)
             else:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.spec import Layout
 from service.backend import Backend, check_provider
 from service.config import Settings
-from service.errors import ConfigError, ModelBroken, ServiceError
+from service.errors import ConfigError, ModelBroken, RunFailed, ServiceError
 from service.lane import Lane
 
+log = logging.getLogger(__name__)
 MODEL_FILE = "model.onnx"
 
 
@@ -32,9 +34,10 @@ class Loaded:
     broken: list[Broken] = field(default_factory=list)
 
 
-def load_repository(settings: Settings) -> Loaded:
+def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> Loaded:
     """Load every version of every model, in the order of name and version.
 
+    keeps_states  as Backend takes it
     Raises ConfigError where the repository or the provider as a whole can't work.
     """
     root = settings.repository
@@ -57,18 +60,22 @@ def load_repository(settings: Settings) -> Loaded:
             loaded.broken.append(Broken(model.name, 0, error))
         for version in versions:
             try:
-                loaded.lanes.append(load_version(settings, model.name, version))
+                loaded.lanes.append(load_version(settings, model.name, version, keeps_states=keeps_states))
             except ModelBroken as error:
                 loaded.broken.append(Broken(model.name, version, error))
     return loaded
 
 
-def load_version(settings: Settings, name: str, version: int) -> Lane:
-    """Load and probe one model version. Raises ModelBroken and ConfigError."""
+def load_version(settings: Settings, name: str, version: int, *, keeps_states: bool | None = None) -> Lane:
+    """Load and probe one model version.
+
+    keeps_states  as Backend takes it
+    Raises ModelBroken and ConfigError.
+    """
     path = settings.repository / name / str(version) / MODEL_FILE
     if not path.is_file():
         raise ModelBroken(f"{path}: no such file")
-    backend = Backend(path, provider=settings.provider)
+    backend = Backend(path, provider=settings.provider, device_id=settings.device_id, keeps_states=keeps_states)
     others = [t.name for t in backend.graph.inputs if t.layout is not Layout.PER_STEP]
     if others:
         raise ModelBroken(f"{path}: inputs {', '.join(others)} are not per step, and only those can be served")
@@ -76,10 +83,22 @@ def load_version(settings: Settings, name: str, version: int) -> Lane:
         exactness = backend.probe(settings.max_batch_rows)
     except Exception as error:  # whatever is wrong with this file, the others are served
         raise ModelBroken(f"{path}: it loads, but a first run fails: {error}") from error
+    if slow := backend.placement.recurrent_fallbacks:
+        log.warning(
+            "%s/%d: %s on %s, since %s has no kernel for it with these attributes (activations, clip, peepholes, "
+            "linear_before_reset): states and activations are copied to and fro in every run",
+            name,
+            version,
+            ", ".join(map(str, slow)),
+            slow[0].provider,
+            backend.provider,
+        )
     try:
         return Lane(name, version, backend, exactness, settings)
     except MemoryError as error:
         raise ModelBroken(f"{path}: no memory for the states of all sequences: lower max_sessions ({error})") from error
+    except (ModelBroken, RunFailed) as error:
+        raise ModelBroken(f"{path}: {error}") from error
 
 
 def _folders(path: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from models.spec import GraphSpec, Layout, StepMode
 from service.backend import Backend
+from service.device import DeviceRunner
 from service.events import Answer, Link
 from service.runner import Runner
 from service.scheduler import Batch
@@ -18,27 +19,34 @@ from service.sessions import Kept, Session
 from service.slots import Slots
 
 Array = npt.NDArray[Any]
+AnyRunner = Runner | DeviceRunner
+"""Keeps the states of live sequences, on the host or on a device, and moves them on."""
+
+
+def make_runner(backend: Backend, capacity: int, max_rows: int, threads: int) -> AnyRunner:
+    """Reserve room for the states where the backend wants them. Takes and raises what Runner and DeviceRunner do."""
+    return DeviceRunner(backend, capacity) if backend.keeps_states else Runner(backend, capacity, max_rows, threads)
 
 
 @dataclass(slots=True)
 class Run:
     """One run of a model, ready to execute on any thread."""
 
-    runner: Runner
+    runner: AnyRunner
     batch: Batch
     slots: Slots
     inputs: dict[str, Array]
     lengths: Array
 
     def execute(self) -> list[Array]:
-        """Move the states on and return the outputs. Raises RunFailed, leaving the states as they were."""
+        """Move the states on and return the outputs. Raises RunFailed; unless it is StatesLost, they did not move."""
         return self.runner.run(self.slots, self.inputs, self.lengths)
 
 
 class RunMaker:
     """Makes the runs of one model version, and the answers from their outputs."""
 
-    def __init__(self, backend: Backend, runner: Runner, max_rows: int) -> None:
+    def __init__(self, backend: Backend, runner: AnyRunner, max_rows: int) -> None:
         graph: GraphSpec = backend.graph
         self._runner = runner
         self._names = [t.name for t in graph.inputs if t.layout is Layout.PER_STEP]

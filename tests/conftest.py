@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 
 from tests.onnx_models import build
 from tests.serving import Served, serving
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none to use."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        skip = pytest.mark.skip(reason="this onnxruntime has no CUDAExecutionProvider")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

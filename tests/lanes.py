@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from service.config import load_settings
-from service.errors import RunFailed
+from service.errors import RunFailed, StatesLost
 from service.events import Answer, Closed, Event, Link, Steps
 from service.lane import Lane
 from service.repository import load_version
@@ -19,11 +19,11 @@ from service.sessions import Terms
 Rows = np.ndarray
 
 
-def lane_maker(repository: Path) -> Callable[..., Lane]:
+def lane_maker(repository: Path, *, keeps_states: bool | None = None) -> Callable[..., Lane]:
     """A function that makes lanes of a repository's models, under the settings that it is given."""
 
     def make(model: str, **settings: object) -> Lane:
-        return load_version(load_settings({"repository": repository, **settings}), model, 1)
+        return load_version(load_settings({"repository": repository, **settings}), model, 1, keeps_states=keeps_states)
 
     return make
 
@@ -101,6 +101,8 @@ def finish(lane: Lane, run: Run, now: float = 0.0) -> None:
     """Execute a run that was begun, and hand its results to the lane."""
     try:
         outputs = run.execute()
+    except StatesLost as error:
+        lane.abandon(run.batch, error)
     except RunFailed:
         lane.fail(run, now)
     else:

@@ -71,10 +71,10 @@ async def serving_here(repository: Path, **settings: object) -> AsyncIterator[Se
 
 
 @contextmanager
-def serving(repository: Path, **settings: object) -> Iterator[Served]:
-    """Serve a repository on free ports until the block ends, then drain and stop."""
+def serving(repository: Path, *, keeps_states: bool | None = None, **settings: object) -> Iterator[Served]:
+    """Serve a repository on free ports until the block ends, then drain and stop; keeps_states as Backend takes it."""
     values = {"repository": repository, "port": 0, "http_port": 0, "drain_s": 0.1, **settings}
-    loaded = load_repository(load_settings(values))
+    loaded = load_repository(load_settings(values), keeps_states=keeps_states)
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="server")
     thread.start()

@@ -11,7 +11,9 @@ from onnx.helper import set_model_props
 
 from models.spec import METADATA_KEY, Golden, GoldenArray, Layout
 from service.backend import LOUDNESS, PROBE_STEPS, Backend, check_provider
+from service.config import load_settings
 from service.errors import ConfigError, ModelBroken, RunFailed
+from service.repository import load_version
 from tests.onnx_models import build
 
 
@@ -317,7 +319,10 @@ def test_cuda_that_does_not_start_is_no_silent_fallback(monkeypatch, tmp_path):
     monkeypatch.setattr(ort, "get_available_providers", lambda: both)
     monkeypatch.setattr(ort, "InferenceSession", start)
     assert check_provider("cuda,cpu") == "CUDAExecutionProvider"
-    with pytest.raises(ConfigError, match=r"CUDA was asked for but did not start.*NVIDIA driver"):
+    with pytest.raises(ConfigError, match=r"CUDA was asked for but did not start.*NVIDIA driver.*--device-id"):
         Backend(path, provider="cuda")
-    assert Backend(path, provider="cuda,cpu").provider == "CPUExecutionProvider"
-    assert asked == [["CUDAExecutionProvider"], both]
+    settings = load_settings({"repository": tmp_path, "provider": "cuda,cpu", "device_id": 3})
+    backend = load_version(settings, "m", 1).backend
+    assert (backend.provider, backend.device, backend.keeps_states) == ("CPUExecutionProvider", ("cpu", 0), False)
+    cuda = [("CUDAExecutionProvider", {"device_id": number, "use_tf32": 0}) for number in (0, 3)]
+    assert asked == [cuda[:1], [cuda[1], ("CPUExecutionProvider", {})]]

@@ -16,9 +16,10 @@ from service.sessions import Terms
 from tests.lanes import Client, drive, finish, lane_maker, run_alone, steps
 
 
-@pytest.fixture
-def lane_of(repository):
-    return lane_maker(repository)
+@pytest.fixture(params=["host", "device"])
+def lane_of(repository, request):
+    """The states are where the parameter says: nothing else may differ."""
+    return lane_maker(repository, keeps_states=request.param == "device")
 
 
 def send(client: Client, rows: dict[int, np.ndarray], positions: list[int] | None = None, **fields: object) -> None:

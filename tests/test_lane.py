@@ -21,9 +21,10 @@ MARK = np.float32(777.0)
 """A run with this value in it fails."""
 
 
-@pytest.fixture
-def lane_of(repository):
-    return lane_maker(repository)
+@pytest.fixture(params=["host", "device"])
+def lane_of(repository, request):
+    """The states are where the parameter says: nothing else may differ."""
+    return lane_maker(repository, keeps_states=request.param == "device")
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from tests.onnx_models import build
 NAMED = Terms(session_id="a", linger_s=10.0, replay_window=50)
 
 
-@pytest.fixture
-def lane_of(repository):
-    return lane_maker(repository)
+@pytest.fixture(params=["host", "device"])
+def lane_of(repository, request):
+    """The states are where the parameter says: nothing else may differ."""
+    return lane_maker(repository, keeps_states=request.param == "device")
 
 
 @pytest.fixture
