@@ -78,7 +78,7 @@ def _run(serving: Any) -> None:
 
 
 def _announce(server: Server, loaded: Loaded) -> None:
-    """Print what is served, where, on which provider, and what batching does to its numbers."""
+    """Print what is served, where, on which provider, what fell back, and what batching does to its numbers."""
     host = server.settings.host
     click.echo(
         f"rnnserve {version('rnnserve')}: gRPC on {host}:{server.port}, HTTP on http://{host}:{server.http_port}"
@@ -92,6 +92,9 @@ def _announce(server: Server, loaded: Loaded) -> None:
             f"  {lane.name}/{lane.version}  {layers} {spec.topology}, {lane.step_mode.value}, {lane.backend.provider}, "
             f"{lane.exactness.verdict} ({lane.exactness.detail})"
         )
+        placement = lane.backend.placement
+        if placement.fallbacks:
+            click.secho(f"    {placement}", fg="yellow" if placement.recurrent_fallbacks else None)
     for broken in loaded.broken:
         click.secho(f"  BROKEN {broken.name}/{broken.version or '?'}: {broken.error}", fg="red", err=True)
     if not server.engine.lanes:

@@ -13,6 +13,7 @@ from models.spec import Layout, StateSpec, StepMode, TensorSpec
 from service.errors import BadValue, Exhausted, InvalidInput, ShapeMismatch
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.placement import Node
 from service.tensors import check_lengths, decode, encode
 
 Array = npt.NDArray[Any]
@@ -219,7 +220,13 @@ def model_message(lane: Lane) -> pb.Model:
         provider=lane.backend.provider,
         max_inflight_steps=lane.settings.max_inflight_steps,
         spec_json=spec.to_json(),
+        placement=[_placed(*group, lane.backend.provider) for group in lane.backend.placement.groups()],
     )
+
+
+def _placed(op_type: str, provider: str, nodes: list[Node], wanted: str) -> pb.PlacedNodes:
+    fallback_names = [node.name for node in nodes] if provider != wanted else []
+    return pb.PlacedNodes(op_type=op_type, provider=provider, count=len(nodes), fallback_names=fallback_names)
 
 
 def _tensor_spec(tensor: TensorSpec) -> pb.TensorSpec:

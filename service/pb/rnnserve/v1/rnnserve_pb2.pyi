@@ -182,7 +182,7 @@ class StateSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., row_shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "digest", "cell", "topology", "step_mode", "step_mode_reason", "inputs", "outputs", "states", "labels", "vocabulary", "task", "metrics", "num_parameters", "exactness", "exactness_detail", "provider", "max_inflight_steps", "spec_json")
+    __slots__ = ("name", "version", "digest", "cell", "topology", "step_mode", "step_mode_reason", "inputs", "outputs", "states", "labels", "vocabulary", "task", "metrics", "num_parameters", "exactness", "exactness_detail", "provider", "max_inflight_steps", "spec_json", "placement")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +210,7 @@ class Model(_message.Message):
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     MAX_INFLIGHT_STEPS_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
@@ -230,7 +231,20 @@ class Model(_message.Message):
     provider: str
     max_inflight_steps: int
     spec_json: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., cell: _Optional[str] = ..., topology: _Optional[str] = ..., step_mode: _Optional[_Union[StepMode, str]] = ..., step_mode_reason: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., states: _Optional[_Iterable[_Union[StateSpec, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., vocabulary: _Optional[_Iterable[str]] = ..., task: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., num_parameters: _Optional[int] = ..., exactness: _Optional[_Union[Exactness, str]] = ..., exactness_detail: _Optional[str] = ..., provider: _Optional[str] = ..., max_inflight_steps: _Optional[int] = ..., spec_json: _Optional[str] = ...) -> None: ...
+    placement: _containers.RepeatedCompositeFieldContainer[PlacedNodes]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., cell: _Optional[str] = ..., topology: _Optional[str] = ..., step_mode: _Optional[_Union[StepMode, str]] = ..., step_mode_reason: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., states: _Optional[_Iterable[_Union[StateSpec, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., vocabulary: _Optional[_Iterable[str]] = ..., task: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., num_parameters: _Optional[int] = ..., exactness: _Optional[_Union[Exactness, str]] = ..., exactness_detail: _Optional[str] = ..., provider: _Optional[str] = ..., max_inflight_steps: _Optional[int] = ..., spec_json: _Optional[str] = ..., placement: _Optional[_Iterable[_Union[PlacedNodes, _Mapping]]] = ...) -> None: ...
+
+class PlacedNodes(_message.Message):
+    __slots__ = ("op_type", "provider", "count", "fallback_names")
+    OP_TYPE_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_NAMES_FIELD_NUMBER: _ClassVar[int]
+    op_type: str
+    provider: str
+    count: int
+    fallback_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, op_type: _Optional[str] = ..., provider: _Optional[str] = ..., count: _Optional[int] = ..., fallback_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
     __slots__ = ("model", "version", "inputs", "outputs", "emit", "return_state", "priority")
