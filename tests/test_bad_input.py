@@ -347,8 +347,16 @@ class TestFrame:
             np.testing.assert_array_equal(buffered.rows(0), run_alone(repository, "bilstm", X[:6]))
 
     def test_timeout_that_has_passed_rejects_before_the_run(self, stub: object, repository: Path) -> None:
-        late = frame(X[5:], timeout=Duration())
-        received = stream(stub, open_stream("lstm"), frame(X[:5]), late, frame(X[5:], positions=[5]))
+        requests = Requests()
+        responses, received = stub.StreamPredict(iter(requests), timeout=30), Received()
+        for request in (open_stream("lstm"), frame(X[:5]), frame(X[5:], timeout=Duration())):
+            requests.put(request)
+        while not received.errors:  # sent before, the same steps would be taken for those that are queued
+            received.take(next(responses))
+        requests.put(frame(X[5:], positions=[5]))
+        requests.close()
+        for response in responses:
+            received.take(response)
         assert (received.errors[0].position, code_of(received.errors[0].status)) == (5, "DEADLINE_EXCEEDED")
         np.testing.assert_array_equal(received.rows(0), run_alone(repository, "lstm", X))
 
