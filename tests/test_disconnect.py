@@ -161,6 +161,13 @@ def test_calls_cancelled_at_random_moments(two_models: Path, moments: list[tuple
     np.testing.assert_array_equal(y, run_alone(two_models, "lstm", x))
 
 
+@pytest.fixture
+def served(repository: Path) -> Iterator[Served]:
+    """A server for one test: sessions of others may linger on the shared one."""
+    with serving(repository) as running:
+        yield running
+
+
 def test_session_with_a_linger_outlives_its_connection(served: Served, repository: Path) -> None:
     (x,) = sequences(32, 1, 30, 30)
     lane = served.lane("lstm")
