@@ -39,6 +39,9 @@ Examples:
 @click.option(
     "--rate", type=click.FloatRange(0), default=0.0, help="Messages a second of each stream; else closed loop."
 )
+@click.option(
+    "--connections", type=click.IntRange(1), default=4, show_default=True, help="Most connections for the streams."
+)
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Time for each line.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 @server_options
@@ -50,6 +53,7 @@ def bench(
     sessions: int,
     longest: int,
     rate: float,
+    connections: int,
     seconds: float,
     *,
     as_json: bool,
@@ -77,7 +81,15 @@ def bench(
         click.echo(f"{info.name}/{info.version} on {target}: {_words(kind, steps, sessions, longest, rate)}")
         click.echo(_header(is_paced=bool(rate)))
     for number in ramp:
-        load = Load(kind=kind, streams=number, steps=steps, sessions=sessions, longest=longest, rate=rate)
+        load = Load(
+            kind=kind,
+            streams=number,
+            steps=steps,
+            sessions=sessions,
+            longest=longest,
+            rate=rate,
+            connections=connections,
+        )
         row = _row(number, run(drive(target, info, load, seconds=seconds)))
         click.echo(json.dumps(row) if as_json else _line(row))
 

@@ -38,8 +38,6 @@ Kind = Literal["steps", "frames", "predict"]
 STREAM = "/rnnserve.v1.SequenceService/StreamPredict"
 PREDICT = "/rnnserve.v1.SequenceService/Predict"
 ENDED = "the server ended the stream"
-CHANNELS = 4
-"""Connections that streams are spread over."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -60,6 +58,8 @@ class Load:
     """Predict: sequences have lengths spread evenly over 1..longest; 0 gives every one `steps` steps."""
     rate: float = 0.0
     """Messages a second of each stream or caller, paced; 0 sends the next one when the last is answered."""
+    connections: int = 4
+    """Most connections that streams are spread over."""
 
     @property
     def lengths(self) -> list[int]:
@@ -143,7 +143,8 @@ async def loading(target: str, model: ModelInfo, load: Load) -> AsyncIterator[Me
         )
     pacer = Pacer()
     driver = _Driver(model, load, pacer)
-    channels = [grpc.aio.insecure_channel(target, options=_OPTIONS) for _ in range(min(CHANNELS, load.streams))]
+    num_channels = min(load.connections, load.streams)
+    channels = [grpc.aio.insecure_channel(target, options=_OPTIONS) for _ in range(num_channels)]
     tasks = [asyncio.create_task(driver.send(channels[i % len(channels)], i)) for i in range(load.streams)]
     try:
         yield Meter(driver, tasks)
