@@ -21,7 +21,7 @@ from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 NUM_OPENED = 10_000
 FULL_BATCH = (256, 16)
 """Most rows, and most steps of each, that the server runs at once by default."""
-QUIET = "nothing"
+QUIET, LOST = "nothing", "10,000 sessions lost"
 
 
 def bulk_beside(repository: Path, settings: Settings) -> Iterator[Result]:
@@ -75,7 +75,7 @@ async def _longest_waits(ours: Process, seconds: float) -> dict[str, float]:
             measuring = asyncio.create_task(meter.measure(seconds))
             await asyncio.sleep(seconds / 4)
             call.cancel()
-            waits["10,000 sessions lost"] = (await measuring).percentile_ms(100)
+            waits[LOST] = max(waits.get(LOST, 0.0), (await measuring).percentile_ms(100))
     return waits
 
 
