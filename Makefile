@@ -16,7 +16,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test check format protos bench containers hooks clean
+.PHONY: help demo test check format protos bench soak containers hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -44,6 +44,9 @@ protos: .venv-protoc/.installed ## generate service/pb from protos/
 
 bench: .venv/.installed ## measure every budget in one run; writes benchmarks/results.json and results.png
 	@$(BIN)/python -m benchmarks
+
+soak: .venv/.installed ## load a server for ten minutes; fails unless memory stays flat; writes docs/soak.png
+	@$(BIN)/python -m benchmarks.soak
 
 containers: .venv/.installed $(MODEL) ## build the serving image, run it beside Prometheus, stream through it
 	@$(BIN)/python scripts/containers.py build/repository

@@ -28,17 +28,19 @@ class Echo(pb_grpc.SequenceServiceServicer):
             frame = request.frame
             handles = frame.handles or [0]
             num = len(handles)
+            lengths = frame.lengths or [1] * num
+            num_rows = sum(lengths)
             assert len(frame.tensors[0].data)
             tensor = pb.Tensor(
                 name="y",
                 dtype=pb.DATA_TYPE_FLOAT32,
-                shape=[num, self._outputs],
+                shape=[num_rows, self._outputs],
                 layout=pb.LAYOUT_PER_STEP,
-                data=self._row * num,
+                data=self._row * num_rows,
             )
-            answer = pb.StreamAnswer(handles=handles, positions=[position] * num, lengths=[1] * num, tensors=[tensor])
+            answer = pb.StreamAnswer(handles=handles, positions=[position] * num, lengths=lengths, tensors=[tensor])
             await context.write(pb.StreamPredictResponse(answer=answer))
-            position += 1
+            position += lengths[0]
 
 
 async def main(port: int, outputs: int) -> None:

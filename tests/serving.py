@@ -58,6 +58,13 @@ class Served:
             yield pb_grpc.SequenceServiceStub(channel)
 
 
+async def until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait until something holds on the running loop, asked again and again."""
+    async with asyncio.timeout(timeout_s):
+        while not holds():  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def serving_here(repository: Path, **settings: object) -> AsyncIterator[Server]:
     """Serve on the running loop, for clients on asyncio: gRPC is at its best with one such loop in a process."""
