@@ -53,6 +53,8 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = None
     """PEM file of authorities; clients must show a certificate that one of them signed."""
 
+    workers: Positive = 1
+    """Processes that share the port, each with all models and its own sessions; more than 1 needs Linux."""
     provider: Literal["cpu", "cuda", "cuda,cpu"] = "cpu"
     """onnxruntime's execution provider; "cuda" fails where CUDA is absent, "cuda,cpu" falls back to the CPU."""
     device_id: Annotated[int, Field(ge=0)] = 0

@@ -17,6 +17,7 @@
     +-- StepAborted               queued behind a step that was rejected
     +-- DeadlineExpired           its time ran out before it was run
     +-- Unavailable               the server is draining
+    |   +-- SessionBusy           a session that is to move here has steps to finish elsewhere
     +-- ConfigError               a setting that can't work (start-up)
     +-- ModelBroken               a model that can't be loaded (start-up, reload)
     +-- RunFailed                 onnxruntime failed: the server's fault
@@ -184,6 +185,19 @@ class Unavailable(ServiceError):
 
     code = "UNAVAILABLE"
     reason = "DRAINING"
+
+
+class SessionBusy(Unavailable):
+    """It is on its way from another worker, which is still running its steps. The caller should open it again."""
+
+    reason = "SESSION_BUSY"
+
+    def __init__(self, session_id: str, *, limit_s: float) -> None:
+        super().__init__(
+            f"session {session_id!r} still has steps to finish on another worker of this server after {limit_s:.0f} s: "
+            "open it again after a while",
+            retry_after_s=1.0,
+        )
 
 
 class ConfigError(ServiceError):

@@ -79,7 +79,7 @@ class Lane:
         self.together: list[Link] = []
         """Links whose sessions are together."""
         self._detaching: set[Session] = set()  # they linger once what is queued is answered
-        self._gathered = Gathered()
+        self.gathered = Gathered()
 
     # ---- sessions ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class Lane:
         del link.sessions[handle]
         link.version += 1
         self.sessions.drain(session)
-        if inputs := self._gathered.take(session):
+        if inputs := self.gathered.take(session):
             self.scheduler.submit([session.slot], [len(inputs[0])], [0], inputs)
         if not self.scheduler.is_busy(session.slot):
             self._end(session, SessionState.CLOSED)
@@ -192,7 +192,7 @@ class Lane:
             self._leave(session, state)
         self.sessions.end(session, state)
         self._detaching.discard(session)
-        self._gathered.take(session)
+        self.gathered.take(session)
         if not self.scheduler.cancel(session.slot):
             self.slab.free(np.array([session.slot]))
         self.scheduler.prioritize(session.slot)
@@ -211,7 +211,7 @@ class Lane:
     @property
     def num_queued_steps(self) -> int:
         """Steps that are queued or running, or kept until their whole sequence has come."""
-        return self.scheduler.num_queued_steps + self._gathered.num_steps + self.num_waiting_steps
+        return self.scheduler.num_queued_steps + self.gathered.num_steps + self.num_waiting_steps
 
     def submit(self, steps: Steps, now: float) -> None:
         """Take steps; they are queued by the next `flush`, together with what else has arrived by then."""
@@ -259,7 +259,7 @@ class Lane:
             if not entries.sessions:
                 return
         if self.is_whole:
-            self._gathered.add(entries)
+            self.gathered.add(entries)
         else:
             slots = [session.slot for session in entries.sessions]
             self.scheduler.submit(slots, entries.lengths, entries.starts, entries.inputs, deadlines=entries.deadlines)

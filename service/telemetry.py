@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from service.engine import Engine
-from service.lane import Lane
-from service.repository import Broken
+if TYPE_CHECKING:  # they import onnxruntime, which a supervisor of workers has no use for
+    from service.engine import Engine
+    from service.lane import Lane
+    from service.repository import Broken
 
 LABELS = ("model", "version")
+FACTS = frozenset({"rnnserve_model_exactness", "rnnserve_broken_models"})
+"""Gauges that say the same of every worker of a server; all others are summed over workers."""
 
 
 def registry_of(engine: Engine, broken: Sequence[Broken]) -> CollectorRegistry:
@@ -20,6 +24,16 @@ def registry_of(engine: Engine, broken: Sequence[Broken]) -> CollectorRegistry:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_EngineCollector(engine, broken))
     return registry
+
+
+def worker_metrics(num_workers: int, num_restarts: int) -> list[CounterMetricFamily | GaugeMetricFamily]:
+    """Make the metrics of a server's workers as a whole."""
+    return [
+        GaugeMetricFamily("rnnserve_workers", "Workers that are ready.", value=num_workers),
+        CounterMetricFamily(
+            "rnnserve_worker_restarts", "Workers started again after one had died.", value=num_restarts
+        ),
+    ]
 
 
 class _EngineCollector(Collector):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Coroutine
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from service.repository import Loaded
-    from service.rpc.server import Server
+    from service.config import Settings
 
 
 def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -46,27 +44,50 @@ def serve(config: Path | None, **flags: str | None) -> None:
     if find_spec("onnxruntime") is None:
         _end("serving needs onnxruntime: pip install 'rnnserve[cpu]', or 'rnnserve[gpu]' on a machine with CUDA", 2)
 
-    import logging
-
     from service.config import load_settings
     from service.errors import ConfigError
-    from service.repository import load_repository
-    from service.rpc import server
 
     try:
         settings = load_settings({name: value for name, value in flags.items() if value is not None}, config)
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
-        loaded = load_repository(settings)
-        _run(server.run(settings, loaded, lambda running: _announce(running, loaded)))
+        log_to_stderr(settings)
+        if settings.workers > 1:
+            _supervise(settings)
+        else:
+            _serve(settings)
     except ConfigError as error:
         _end(str(error), 2 if error.field else 1)
 
 
-def _run(serving: Any) -> None:
+def _serve(settings: Settings) -> None:
+    from service.repository import load_repository
+    from service.rpc import server
+    from service.rpc.announcement import announcement_of
+
+    loaded = load_repository(settings)
+    announcement = announcement_of(loaded)
+    _run(server.run(settings, loaded, lambda it: announcement.show(settings.host, it.port, it.http_port)))
+
+
+def _supervise(settings: Settings) -> None:
+    import asyncio
+
+    from service.rpc import supervisor
+
+    asyncio.run(supervisor.run(settings))  # not uvloop, whose children inherit more than they are given
+
+
+def log_to_stderr(settings: Settings, *, who: str = "") -> None:
+    """Begin to log, each line with who wrote it."""
+    import logging
+
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def _run(serving: Coroutine[Any, Any, None]) -> None:
     import asyncio
 
     try:
@@ -75,32 +96,6 @@ def _run(serving: Any) -> None:
         asyncio.run(serving)
     else:
         uvloop.run(serving)
-
-
-def _announce(server: Server, loaded: Loaded) -> None:
-    """Print what is served, where, on which provider, what fell back, and what batching does to its numbers."""
-    host = server.settings.host
-    click.echo(
-        f"rnnserve {version('rnnserve')}: gRPC on {host}:{server.port}, HTTP on http://{host}:{server.http_port}"
-    )
-    for lane in server.engine.lanes:
-        spec = lane.backend.spec
-        layers = "+".join(
-            f"{'bi' if d == 2 else ''}{spec.cell}{h}" for d, h in zip(spec.directions, spec.hidden, strict=True)
-        )
-        click.echo(
-            f"  {lane.name}/{lane.version}  {layers} {spec.topology}, {lane.step_mode.value}, {lane.backend.provider}, "
-            f"{lane.exactness.verdict} ({lane.exactness.detail})"
-        )
-        placement = lane.backend.placement
-        if placement.fallbacks:
-            click.secho(f"    {placement}", fg="yellow" if placement.recurrent_fallbacks else None)
-    for broken in loaded.broken:
-        click.secho(f"  BROKEN {broken.name}/{broken.version or '?'}: {broken.error}", fg="red", err=True)
-    if not server.engine.lanes:
-        click.secho("  no model is served", fg="red", err=True)
-    click.echo("ready")
-    sys.stdout.flush()
 
 
 def _end(message: str, code: int) -> None:

@@ -18,7 +18,8 @@ from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.predict import Sequences
 from service.repository import Broken
 from service.rpc.codec import LanePlan, lengths_of, model_message, tensor_of
-from service.rpc.requests import priority_of, read_request
+from service.rpc.handoff import Handoff
+from service.rpc.requests import priority_of, read_open, read_request
 from service.rpc.stream import Stream
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"]
@@ -29,9 +30,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class SequenceServicer(pb_grpc.SequenceServiceServicer):
     """Maps requests to the engine and results to responses."""
 
-    def __init__(self, engine: Engine, broken: Sequence[Broken]) -> None:
+    def __init__(self, engine: Engine, broken: Sequence[Broken], handoff: Handoff | None = None) -> None:
         self._engine = engine
         self._broken = broken
+        self._handoff = handoff
         self._plans: dict[Lane, LanePlan] = {}
         self.streams: set[Stream] = set()
         """Open streams."""
@@ -95,7 +97,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             raise InvalidInput("the first message of a stream must be `open`, naming the model", field="open")
         self._engine.check_open()
         lane = self._engine.lane(first.open.model, first.open.version)
-        stream = Stream(self._engine, self.plan(lane), first.open)
+        stream = await self._open(self.plan(lane), first.open)
         self.streams.add(stream)
         writer = asyncio.create_task(stream.write_to(context))
         try:
@@ -110,10 +112,23 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             stream.drop()
             writer.cancel()
 
+    async def _open(self, plan: LanePlan, request: pb.StreamOpen) -> Stream:
+        opening = read_open(plan, request)
+        if self._handoff is None:
+            return Stream(self._engine, plan, opening, None)
+        mover = self._handoff.mover(plan.lane, opening.outputs, emit_last=opening.emit_last)
+        async with mover.brought(opening.terms) as refused:
+            for error in refused.values():
+                raise error
+            self._engine.check_open()
+            return Stream(self._engine, plan, opening, mover)
+
     @staticmethod
     async def _read(stream: Stream, writer: asyncio.Task[None], context: Context) -> None:
         while (raw := await context.read()) is not grpc.aio.EOF:
             stream.take(raw)
+            if stream.held is not None:
+                await stream.take_held()
             if stream.has_answers:  # they were made at once: begin to write them, and then to read
                 await asyncio.sleep(0)
             if stream.wants_room:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
@@ -12,7 +13,7 @@ from service.errors import InvalidInput, NotSteppable, ShapeMismatch
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.policies import Priority
-from service.rpc.codec import MAX_NAME_BYTES, STEP_MODES
+from service.rpc.codec import MAX_NAME_BYTES, STEP_MODES, LanePlan
 from service.sessions import Terms
 
 _PRIORITIES: Mapping[int, Priority] = {
@@ -21,6 +22,27 @@ _PRIORITIES: Mapping[int, Priority] = {
     pb.PRIORITY_NORMAL: Priority.NORMAL,
     pb.PRIORITY_LOW: Priority.LOW,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What the first message of a stream asks for, checked."""
+
+    outputs: list[int]
+    """Which of the model's outputs to answer, by index."""
+    emit_last: bool
+    terms: list[Terms]
+    """Of the sessions to open at once."""
+
+
+def read_open(plan: LanePlan, request: pb.StreamOpen) -> Opening:
+    """Check the first message of a stream. Raises InvalidInput and NotSteppable."""
+    check_step_mode(plan.lane, request)
+    if request.emit not in pb.Emit.values():
+        raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
+    outputs = plan.pick_outputs(request.outputs)
+    terms = [terms_of(session, plan.lane.settings) for session in request.sessions]
+    return Opening(outputs, request.emit == pb.EMIT_LAST, terms)
 
 
 def read_request(raw: bytes) -> pb.StreamPredictRequest:

@@ -18,10 +18,13 @@ from service.config import Settings
 from service.engine import Engine
 from service.errors import ConfigError
 from service.repository import Broken, Loaded
+from service.rpc.handoff import Handoff
 from service.rpc.interceptors import ErrorInterceptor
 from service.rpc.native import SERVICE_NAME, SequenceServicer
+from service.rpc.peers import Peer, Place
 from service.telemetry import registry_of
 from service.web.app import make_app
+from service.web.sites import listen
 
 log = logging.getLogger(__name__)
 KEEPALIVE_S = 40
@@ -31,7 +34,11 @@ KEEPALIVE_S = 40
 class Server:
     """A server of loaded models, on the running loop."""
 
-    def __init__(self, settings: Settings, loaded: Loaded) -> None:
+    def __init__(self, settings: Settings, loaded: Loaded, place: Place | None = None) -> None:
+        """Prepare.
+
+        place  of a worker that shares the port with others; None where it is alone
+        """
         self.settings = settings
         self.broken: Sequence[Broken] = loaded.broken
         self.engine = Engine(settings)
@@ -42,7 +49,11 @@ class Server:
         self.http_port = 0
         """Port of HTTP, once started."""
         self._health = health.aio.HealthServicer()
-        self._native = SequenceServicer(self.engine, loaded.broken)
+        self._place = place
+        self._handoff = None
+        if place is not None:
+            self._handoff = Handoff(self.engine, [Peer(each.path) for each in place.siblings], place.index)
+        self._native = SequenceServicer(self.engine, loaded.broken, self._handoff)
         self._grpc: grpc.aio.Server | None = None
         self._http: web.AppRunner | None = None
 
@@ -51,7 +62,8 @@ class Server:
         self._grpc = grpc.aio.server(
             interceptors=[ErrorInterceptor()],
             options=[
-                ("grpc.so_reuseport", 0),  # else a second server on the port would start without an error
+                # Off, or a second server on the port would start without an error; workers share it.
+                ("grpc.so_reuseport", int(self._place is not None)),
                 ("grpc.max_receive_message_length", self.settings.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),  # a client that is gone without a word is found out
@@ -85,6 +97,8 @@ class Server:
         await self._grpc.stop(self.settings.drain_s)
         if self._http is not None:
             await self._http.cleanup()
+        if self._handoff is not None:
+            await self._handoff.close()
         self.engine.stop()
 
     def _bind(self, server: grpc.aio.Server) -> int:
@@ -103,18 +117,11 @@ class Server:
             ) from error
 
     async def _start_http(self) -> None:
-        self._http = web.AppRunner(make_app(self.engine, registry_of(self.engine, self.broken)), access_log=None)
-        await self._http.setup()
-        site = web.TCPSite(self._http, self.settings.host.strip("[]"), self.settings.http_port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigError(
-                f"can't listen on {self.settings.host}:{self.settings.http_port} for HTTP: {error.strerror}; "
-                "choose with --http-port",
-                field="http_port",
-            ) from error
-        self.http_port = self._http.addresses[0][1]
+        app = make_app(self.engine, registry_of(self.engine, self.broken))
+        if self._handoff is not None:
+            app.add_routes(self._handoff.routes())
+        path = None if self._place is None else self._place.path
+        self._http, self.http_port = await listen(app, self.settings, path)
 
     def _health_names(self) -> list[str]:
         """Names that health answers for: the server, the service, each model and each of its versions."""
@@ -141,9 +148,11 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials:
     )
 
 
-async def run(settings: Settings, loaded: Loaded, on_ready: Callable[[Server], None]) -> None:
+async def run(
+    settings: Settings, loaded: Loaded, on_ready: Callable[[Server], None], place: Place | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT, then drain."""
-    server = Server(settings, loaded)
+    server = Server(settings, loaded, place)
     await server.start()
     _calm_garbage_collector()
     stopping = asyncio.Event()

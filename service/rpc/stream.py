@@ -21,8 +21,9 @@ from service.events import Answer, Event, Link, Steps, StepsFailed
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc.answers import EVENT_BYTES, AnswerWriter
 from service.rpc.codec import STEP_MODES, LanePlan
+from service.rpc.handoff import Mover
 from service.rpc.repeat import Repeat, learn
-from service.rpc.requests import check_step_mode, lengths_of_frame, read_request, terms_of
+from service.rpc.requests import Opening, lengths_of_frame, read_request, terms_of
 from service.rpc.status import status_of
 from service.sessions import SessionState, Terms
 
@@ -40,18 +41,20 @@ _REASONS = {
 class Stream:
     """Holds the sessions of one call and the messages that wait to be written."""
 
-    def __init__(self, engine: Engine, plan: LanePlan, request: pb.StreamOpen) -> None:
-        """Open a stream. Raises InvalidInput and NotSteppable; faults of single sessions are told in-band."""
+    def __init__(self, engine: Engine, plan: LanePlan, opening: Opening, mover: Mover | None) -> None:
+        """Open a stream; faults of single sessions are told in-band.
+
+        mover  brings sessions from other workers; None where there are none
+        """
         self._engine = engine
         self._plan = plan
         self._lane = lane = plan.lane
-        check_step_mode(lane, request)
-        if request.emit not in pb.Emit.values():
-            raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
-        outputs = plan.pick_outputs(request.outputs)
-        self._writer = AnswerWriter([plan.output_plans[index] for index in outputs])
-        self._link = Link(self._on_event, outputs, emit_last=request.emit == pb.EMIT_LAST)
-        terms = [terms_of(session, lane.settings) for session in request.sessions]
+        self._mover = mover
+        self._open_session = lane.open if mover is None else mover.open
+        self.held: tuple[pb.StreamFrame, bytes] | None = None
+        """A frame, and its message, that `take` has put off for `take_held`."""
+        self._writer = AnswerWriter([plan.output_plans[index] for index in opening.outputs])
+        self._link = Link(self._on_event, opening.outputs, emit_last=opening.emit_last)
         engine.attach(self._link)
         self._answers: list[Answer] = []
         self._waiting: list[bytes] = []
@@ -74,7 +77,7 @@ class Stream:
                     digest=lane.backend.digest,
                     step_mode=STEP_MODES[lane.step_mode],
                     max_inflight_steps=lane.settings.max_inflight_steps,
-                    sessions=[self._open(t) for t in terms],
+                    sessions=[self._open(t) for t in opening.terms],
                 )
             ).SerializeToString()
         )
@@ -92,7 +95,17 @@ class Stream:
         request = read_request(raw)
         if request.WhichOneof("message") != "frame":
             raise InvalidInput("a stream is opened once; every later message is a `frame`", field="open")
-        self._take_frame(request.frame, raw)
+        if self._mover is not None and request.frame.opens:
+            self.held = request.frame, raw
+        else:
+            self._take_frame(request.frame, raw)
+
+    async def take_held(self) -> None:
+        """Apply the frame that was put off, once the sessions that it opens by name are here."""
+        held, self.held = self.held, None
+        if held is not None and self._mover is not None:
+            async with self._mover.brought(self._terms_in(held[0])):
+                self._take_frame(*held)
 
     def _take_frame(self, frame: pb.StreamFrame, raw: bytes) -> None:
         lane, link = self._lane, self._link
@@ -179,12 +192,19 @@ class Stream:
             steps.deadline = self._engine.clock() + frame.timeout.ToNanoseconds() / 1e9
         return steps, by_index, terms
 
+    def _terms_in(self, frame: pb.StreamFrame) -> list[Terms]:
+        """What a frame asks of the sessions that it opens: nothing if it is malformed."""
+        try:
+            return self._check(frame, list(frame.handles) or ([0] if frame.tensors else []))[2]
+        except ServiceError:
+            return []
+
     def _open(self, terms: Terms) -> pb.SessionOpened:
         link, now = self._link, self._engine.clock()
         handle = link.num_opened
         try:
             self._engine.check_open()
-            handle, position, was_live = self._lane.open(link, terms, now)
+            handle, position, was_live = self._open_session(link, terms, now)
         except ServiceError as error:
             link.num_opened = handle + 1
             return pb.SessionOpened(handle=handle, session_id=terms.session_id, status=status_of(error))

@@ -1,0 +1,71 @@
+"""Asking the processes of one server over their unix sockets, one or all at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+ALIVE_S = 1.0
+"""Time in which a process begins to answer; one that does not is taken for dead."""
+PATIENCE_S = 20.0
+"""Time for the rest of an answer."""
+
+
+class Peer:
+    """A process that answers HTTP on a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._session: aiohttp.ClientSession | None = None
+
+    async def ask(self, route: str, body: bytes | None = None) -> bytes | None:
+        """GET a route, or POST a body to it. Returns None where the answer is not 200, or there is none."""
+        if self._session is None:
+            # Kept connections could be closed by the other side just as they are used, and it would be taken for dead.
+            connector = aiohttp.UnixConnector(str(self._path), limit=0, force_close=True)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+        method = "GET" if body is None else "POST"
+        try:
+            async with (
+                asyncio.timeout(ALIVE_S) as limit,
+                self._session.request(method, f"http://peer{route}", data=body) as response,
+            ):
+                limit.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
+                content = await response.read()
+                return content if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._session is not None:
+            await self._session.close()
+
+
+async def ask_all(peers: Sequence[Peer], route: str, body: bytes | None = None) -> list[bytes | None]:
+    """Ask every peer the same at once. Returns the answers in the order of peers."""
+    return await asyncio.gather(*(peer.ask(route, body) for peer in peers))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a worker stands among those of its server."""
+
+    folder: Path
+    """Of all sockets, private to the user."""
+    index: int
+    num_workers: int
+
+    @property
+    def path(self) -> Path:
+        """Of its own socket."""
+        return self.folder / f"{self.index}.sock"
+
+    @property
+    def siblings(self) -> list[Place]:
+        """The other workers."""
+        return [Place(self.folder, each, self.num_workers) for each in range(self.num_workers) if each != self.index]
