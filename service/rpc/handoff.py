@@ -132,11 +132,13 @@ class Handoff:
                 asked.append((sibling, names))
         more = {"outputs": link.outputs, "emit_last": link.emit_last}
         given = await asyncio.gather(*(each.ask(TAKE, claim.question(names, **more)) for each, names in asked))
-        due = [*late, *(name for _, names in asked for name in names)]
-        arrivals = {name: _Arrival(SessionBusy(name, limit_s=FINISH_S)) for name in due}
+        arrivals: dict[str, _Arrival] = {}
         parcels = [parcel for data in given if data is not None for parcel in unpack(data)]
         for parcel in sorted(parcels, key=lambda each: each.used_at, reverse=True):
             arrivals[parcel.terms.session_id] = self._take_in(lane, link, parcel)
+        for name in (*late, *(name for _, names in asked for name in names)):
+            if name not in arrivals and not _is_live(lane, name):
+                arrivals[name] = _Arrival(SessionBusy(name, limit_s=FINISH_S))
         return arrivals
 
     def _take_in(self, lane: Lane, link: Link, parcel: Parcel) -> _Arrival:
