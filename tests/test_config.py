@@ -91,6 +91,7 @@ def test_every_source_may_give_what_is_required(environment, write):
         ("port", "65536", "port: Input should be less than or equal to 65535, got '65536'"),
         ("http_port", "-1", "http_port: Input should be greater than or equal to 0, got '-1'"),
         ("max_sessions", "0", "max_sessions: Input should be greater than 0, got '0'"),
+        ("workers", "0", "workers: Input should be greater than 0, got '0'"),
         ("max_chunk_steps", "1.5", "max_chunk_steps: Input should be a valid integer, .*, got '1.5'"),
         ("max_replay_window", "-1", "max_replay_window: Input should be greater than or equal to 0, got '-1'"),
         ("drain_s", "-0.1", "drain_s: Input should be greater than or equal to 0, got '-0.1'"),

@@ -35,7 +35,7 @@ class Fleet:
     def __init__(self, process: subprocess.Popen[str], scratch: Path, errors: Path) -> None:
         self.process = process
         self.announced: list[str] = []
-        self._scratch = scratch
+        self.scratch = scratch
         self._errors = errors
         while (line := process.stdout.readline()) != "ready\n":
             assert line, self.log
@@ -45,7 +45,7 @@ class Fleet:
 
     @property
     def folder(self) -> Path:
-        [folder] = self._scratch.glob("rnnserve-*")
+        [folder] = self.scratch.glob("rnnserve-*")
         return folder
 
     @property
