@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -140,9 +139,10 @@ def command(repository: Path, *arguments: str) -> Iterator[tuple[subprocess.Pope
     try:
         yield process, scratch, errors
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        workers = psutil.Process(process.pid).children() if process.poll() is None else []
+        process.kill()
         process.communicate()
+        psutil.wait_procs(workers, timeout=10)  # they remove their folder
         shutil.rmtree(scratch)
 
 
