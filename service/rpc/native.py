@@ -18,8 +18,8 @@ from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.predict import Sequences
 from service.repository import Broken
 from service.rpc.codec import LanePlan, lengths_of, model_message, tensor_of
-from service.rpc.handoff import Handoff
-from service.rpc.requests import priority_of, read_open, read_request
+from service.rpc.handoff import Handoff, Mover
+from service.rpc.requests import Opening, priority_of, read_open, read_request
 from service.rpc.stream import Stream
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"]
@@ -115,13 +115,22 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
     async def _open(self, plan: LanePlan, request: pb.StreamOpen) -> Stream:
         opening = read_open(plan, request)
         if self._handoff is None:
-            return Stream(self._engine, plan, opening, None)
+            return await self._begin(plan, opening, None)
         mover = self._handoff.mover(plan.lane, opening.outputs, emit_last=opening.emit_last)
         async with mover.brought(opening.terms) as refused:
             for error in refused.values():
                 raise error
             self._engine.check_open()
-            return Stream(self._engine, plan, opening, mover)
+            return await self._begin(plan, opening, mover)
+
+    async def _begin(self, plan: LanePlan, opening: Opening, mover: Mover | None) -> Stream:
+        stream = Stream(self._engine, plan, opening, mover)
+        try:
+            await stream.open(opening.terms)
+        except BaseException:
+            stream.drop()
+            raise
+        return stream
 
     @staticmethod
     async def _read(stream: Stream, writer: asyncio.Task[None], context: Context) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -29,6 +31,8 @@ from service.sessions import SessionState, Terms
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
+SLICE = 256
+"""Sessions that are opened or closed in one turn of the event loop, at most."""
 CHECK_STEPS = 1024
 """Steps that are taken between two looks for room, at most."""
 _REASONS = {
@@ -42,7 +46,7 @@ class Stream:
     """Holds the sessions of one call and the messages that wait to be written."""
 
     def __init__(self, engine: Engine, plan: LanePlan, opening: Opening, mover: Mover | None) -> None:
-        """Open a stream; faults of single sessions are told in-band.
+        """Begin a stream, which `open` opens.
 
         mover  brings sessions from other workers; None where there are none
         """
@@ -69,18 +73,22 @@ class Stream:
         self._is_finishing = False
         self._wakeup: asyncio.Future[None] | None = None
         self._has_written = asyncio.Event()
-        self._waiting.append(
-            pb.StreamPredictResponse(
-                opened=pb.StreamOpened(
-                    model=lane.name,
-                    version=lane.version,
-                    digest=lane.backend.digest,
-                    step_mode=STEP_MODES[lane.step_mode],
-                    max_inflight_steps=lane.settings.max_inflight_steps,
-                    sessions=[self._open(t) for t in opening.terms],
-                )
-            ).SerializeToString()
+
+    async def open(self, terms: Sequence[Terms]) -> None:
+        """Open the stream's first sessions; faults of single ones are told in-band."""
+        lane = self._lane
+        opened = pb.StreamOpened(
+            model=lane.name,
+            version=lane.version,
+            digest=lane.backend.digest,
+            step_mode=STEP_MODES[lane.step_mode],
+            max_inflight_steps=lane.settings.max_inflight_steps,
         )
+        for number, each in enumerate(terms, 1):
+            opened.sessions.append(self._open(each))
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
+        self._waiting.append(pb.StreamPredictResponse(opened=opened).SerializeToString())
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -95,19 +103,25 @@ class Stream:
         request = read_request(raw)
         if request.WhichOneof("message") != "frame":
             raise InvalidInput("a stream is opened once; every later message is a `frame`", field="open")
-        if self._mover is not None and request.frame.opens:
-            self.held = request.frame, raw
+        frame = request.frame
+        if (self._mover is not None and frame.opens) or len(frame.opens) + len(frame.closes) > SLICE:
+            self.held = frame, raw
         else:
-            self._take_frame(request.frame, raw)
+            for _ in self._apply(frame, raw):
+                pass
 
     async def take_held(self) -> None:
-        """Apply the frame that was put off, once the sessions that it opens by name are here."""
+        """Apply the frame that was put off: with pauses, and once the sessions that it opens by name are here."""
         held, self.held = self.held, None
-        if held is not None and self._mover is not None:
-            async with self._mover.brought(self._terms_in(held[0])):
-                self._take_frame(*held)
+        if held is None:
+            return
+        frame = held[0]
+        async with self._mover.brought(self._terms_in(frame)) if self._mover and frame.opens else nullcontext():
+            for _ in self._apply(*held):
+                await asyncio.sleep(0)
 
-    def _take_frame(self, frame: pb.StreamFrame, raw: bytes) -> None:
+    def _apply(self, frame: pb.StreamFrame, raw: bytes) -> Iterator[None]:
+        """Apply a frame; where it opens or closes many sessions, others may have their turn at each yield."""
         lane, link = self._lane, self._link
         if not self._has_frames:
             self._has_frames = True
@@ -120,6 +134,8 @@ class Stream:
             self._reject_all(handles, error, frame)
             return
         for index, session in enumerate(terms):
+            if index and index % SLICE == 0:
+                yield
             opened = self._open(session)
             if not opened.HasField("status") and not opened.resumed:
                 for state, rows in states.items():
@@ -133,7 +149,9 @@ class Stream:
             self._num_missed += 1
             if self._num_missed.bit_count() == 1 and self._plan.takes_any_bytes:  # ever more seldom if it is in vain
                 self._repeat = learn(steps, raw, frame)
-        for handle in frame.closes:
+        for index, handle in enumerate(frame.closes):
+            if index and index % SLICE == 0:
+                yield
             self._close(handle)
         self._wake()
 
