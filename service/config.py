@@ -72,6 +72,11 @@ class Settings(BaseSettings):
 
     max_sessions: Positive = 16_384
     """Most live sessions of one model version."""
+    max_resident_sessions: Annotated[int, Field(ge=0)] = 0
+    """Most of them whose state is in memory, for a model that steps; the others' is in spill_store; 0 keeps all."""
+    spill_store: Path | None = None
+    """File for the state of idle sessions past max_resident_sessions, made if absent and emptied at start and stop;
+    each of several workers adds its number to the name."""
     max_predict_sequences: Positive = 1_024
     """Most sequences of Predict calls in progress at once, for one model version; more wait their turn. No call takes
     more than half of those that are free, so that there is room for the next one."""
@@ -106,7 +111,7 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
     variables = {name.upper() for name, value in os.environ.items() if value}
     below = {name: value for name, value in values.items() if f"{PREFIX}{name.upper()}" not in variables}
     try:
-        return Settings(**(below | flags))
+        settings = Settings(**(below | flags))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
@@ -117,6 +122,28 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         else:
             message = f"{name}: {first['msg']}, got {first.get('input')!r}"
         raise ConfigError(message, field=name) from error
+    _check_spilling(settings)
+    return settings
+
+
+def _check_spilling(settings: Settings) -> None:
+    resident = settings.max_resident_sessions
+    if resident and settings.spill_store is None:
+        raise ConfigError(
+            f"max_resident_sessions: {resident} leaves the others' state without a place: set spill_store too",
+            field="spill_store",
+        )
+    if settings.spill_store is not None and not resident:
+        raise ConfigError(
+            f"spill_store: nothing is moved to {settings.spill_store} unless max_resident_sessions is set too",
+            field="max_resident_sessions",
+        )
+    if resident > settings.max_sessions:
+        raise ConfigError(
+            f"max_resident_sessions: {resident} is more than max_sessions, {settings.max_sessions}; lower it, or leave "
+            "both it and spill_store out",
+            field="max_resident_sessions",
+        )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from models.spec import TensorSpec
+from service.config import Settings
+from service.errors import Exhausted, Overloaded, ServiceError
 from service.events import NEVER, Steps
+from service.inputs import bad_entries
 from service.sessions import Session
 
 Array = npt.NDArray[Any]
+OVERLOAD_RETRY_S = 0.25
 RowType = tuple[np.dtype[Any], tuple[int, ...]]
 """(dtype, (-1, *row shape)) of one per-step input."""
 
@@ -43,6 +48,27 @@ class Entries:
             self.positions = [self.positions[index] for index in left]
         if self.deadlines is not None:
             self.deadlines = [self.deadlines[index] for index in left]
+
+    def faults(self, tensors: Sequence[TensorSpec], settings: Settings, num_queued: int) -> dict[int, ServiceError]:
+        """Find entries that the queue has no room for, or with values that the model must not see."""
+        faults: dict[int, ServiceError] = {}
+        room = settings.max_queued_steps - num_queued
+        if len(self.inputs[0]) > room:
+            sums = enumerate(accumulate(self.lengths))
+            faults = {i: queue_full(self.lengths[i], num_queued, settings) for i, sum_ in sums if sum_ > room}
+        passes = settings.non_finite == "pass"
+        return bad_entries(tensors, self.inputs, self.starts, passes_non_finite=passes) | faults
+
+
+def queue_full(num_steps: int, num_queued: int, settings: Settings) -> Exhausted:
+    """Say that the queue of a model has no room for so many steps, now or ever."""
+    limit = settings.max_queued_steps
+    if num_steps > limit:
+        return Exhausted(f"{num_steps} steps at once, the limit (max_queued_steps) is {limit}; send fewer at once")
+    return Overloaded(
+        f"{num_queued} steps are queued for this model, the limit (max_queued_steps) is {limit}; send again later",
+        retry_after_s=OVERLOAD_RETRY_S,
+    )
 
 
 def join(messages: list[Steps], sessions: list[Session], row_types: Sequence[RowType]) -> Entries:

@@ -14,6 +14,7 @@
     |   +-- NotSteppable          stepping asked of a model that needs the whole sequence
     +-- Exhausted                 a limit of the server
     |   +-- Overloaded            a queue is full for now
+    |   +-- SpillFailed           states of idle sessions can't be moved out of memory
     +-- StepAborted               queued behind a step that was rejected
     +-- DeadlineExpired           its time ran out before it was run
     +-- Unavailable               the server is draining
@@ -22,6 +23,7 @@
     +-- ModelBroken               a model that can't be loaded (start-up, reload)
     +-- RunFailed                 onnxruntime failed: the server's fault
     |   +-- StatesLost            it failed where states move in place
+    |   +-- SpillLost             a session's state that was moved out of memory can't be read back
 
 `code` is the name of a canonical status (google.rpc.Code); `reason` is for programs, the message for people: it says
 what to do next. Anything outside this tree is a bug and reaches a caller as INTERNAL without its text.
@@ -166,6 +168,12 @@ class Overloaded(Exhausted):
     reason = "OVERLOADED"
 
 
+class SpillFailed(Exhausted):
+    """States of idle sessions can't be moved out of memory to make room. The caller should retry after a while."""
+
+    reason = "SPILL_FAILED"
+
+
 class StepAborted(ServiceError):
     """Queued behind a step that was rejected, so it was not applied. The caller should resend from the expected one."""
 
@@ -227,3 +235,13 @@ class StatesLost(RunFailed):
     """
 
     reason = "STATES_LOST"
+
+
+class SpillLost(RunFailed):
+    """A session's state that was moved out of memory can't be read back.
+
+    The caller should open a new session and send from position 0.
+    """
+
+    code = "DATA_LOSS"
+    reason = "SPILL_LOST"

@@ -31,11 +31,13 @@ class Express:
     lane: Lane
     messages: list[Steps]
     slots: Slots
+    rows: Slots
+    """Of the runner's slab."""
     inputs: dict[str, Array]
 
     def execute(self) -> list[Array]:
         """Compute the outputs, [rows, 1, ...] and [rows, ...]. Raises RunFailed."""
-        return self.lane.runner.run(self.slots, self.inputs, self.lane.runs.ones[: len(self.slots)])
+        return self.lane.runner.run(self.rows, self.inputs, self.lane.runs.ones[: len(self.rows)])
 
 
 def num_rows(lane: Lane) -> tuple[int, int]:
@@ -92,7 +94,12 @@ def board(lane: Lane, num_messages: int) -> Express | None:
         if bad_rows(tensor, x, passes_non_finite=passes) is not None:
             return None
         inputs[tensor.name] = x[:, None]
-    return Express(lane, messages, slots, inputs)
+    rows = slots
+    if lane.residence is not None:
+        if not lane.residence.holds(slots):
+            return None
+        rows = lane.residence.rows(slots)
+    return Express(lane, messages, slots, rows, inputs)
 
 
 def _is_ready(lane: Lane, crew: Crew, message: Steps) -> bool:
@@ -107,7 +114,7 @@ def _is_ready(lane: Lane, crew: Crew, message: Steps) -> bool:
 
 def arrive(express: Express, outputs: list[Array], now: float, seconds: float) -> None:
     """Take the results of the run: move sessions, answer links."""
-    lane, num = express.lane, len(express.slots)
+    lane, num = express.lane, len(express.rows)
     del lane.inbox[: len(express.messages)]
     lane.tally.count_run(num, num, seconds)
     outputs = [y[:, 0] if is_per_step else y for y, is_per_step in zip(outputs, lane.is_output_per_step, strict=True)]

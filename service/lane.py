@@ -7,7 +7,6 @@ is  next_run -> Run.execute (on any thread) -> complete,  or `fail` where execut
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,32 +15,40 @@ import numpy.typing as npt
 from models.spec import Layout, StepMode
 from service.backend import Backend, Exactness
 from service.config import Settings
-from service.entries import Entries, Gathered, join
+from service.entries import Gathered, join
 from service.errors import (
-    DeadlineExpired,
     Exhausted,
     NotFound,
-    Overloaded,
     RunFailed,
     ServiceError,
     SessionExpired,
-    StepAborted,
+    SpillFailed,
 )
-from service.events import Answer, Closed, Link, Steps, StepsFailed
-from service.inputs import bad_entries
-from service.runs import Run, RunMaker, make_runner
+from service.events import Closed, Link, Steps, StepsFailed
+from service.paging import Pager
+from service.residence import Residence
+from service.runs import AnySlab, Run, RunMaker, make_runner
 from service.scheduler import Batch, BatchConfig, Dropped, Scheduler
 from service.sessions import Session, SessionState, SessionTable, Terms, admit
+from service.spill import SpillStore
 from service.tally import Tally
 
 Array = npt.NDArray[Any]
-OVERLOAD_RETRY_S = 0.25
 
 
 class Lane:
     """One served model version."""
 
-    def __init__(self, name: str, version: int, backend: Backend, exactness: Exactness, settings: Settings) -> None:
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        backend: Backend,
+        exactness: Exactness,
+        settings: Settings,
+        store: SpillStore | None = None,
+    ) -> None:
+        """Make room for sessions; a store takes the states of those that are too many for memory."""
         self.name = name
         self.version = version
         self.backend = backend
@@ -57,8 +64,10 @@ class Lane:
         is_coupled = exactness.verdict == "coupled" and not settings.batch_coupled_models
         # Cancelled sequences hold their slot until the run that they are in completes: room for one batch of them.
         num_slots = settings.max_sessions + settings.max_predict_sequences + settings.max_batch_rows
-        self.runner = make_runner(backend, num_slots, settings.max_batch_rows, settings.compute_threads)
-        self.slab = self.runner.slab
+        max_resident = settings.max_sessions if self.is_whole or store is None else settings.max_resident_sessions
+        num_rows = num_slots - settings.max_sessions + max_resident
+        self.runner = make_runner(backend, num_rows, settings.max_batch_rows, settings.compute_threads)
+        self.slab: AnySlab | Residence = self.runner.slab
         self.sessions = SessionTable()
         self.scheduler = Scheduler(
             num_slots,
@@ -68,11 +77,19 @@ class Lane:
                 whole=self.is_whole,
             ),
         )
+        self.residence: Residence | None = None
+        """Knows whose state is in memory; None where all are, as for a model that needs the whole sequence."""
+        self._pager: Pager | None = None
+        if store is not None and not self.is_whole:
+            self.slab = self.residence = Residence(
+                self.slab, self.graph.states, num_slots, max_resident, store, self.scheduler.is_running, self.tally
+            )
+            self._pager = Pager(self.residence, self.scheduler, self._refuse)
         self.num_predicting = 0
         """Sequences of Predict calls that hold a slot."""
         self.num_waiting_steps = 0
         """Steps of those that wait for one."""
-        self.runs = RunMaker(backend, self.runner, settings.max_batch_rows)
+        self.runs = RunMaker(backend, self.runner, settings.max_batch_rows, self.residence)
         self.row_types = [(np.dtype(t.dtype), (-1, *t.row_shape)) for t in self.step_inputs]
         self.inbox: list[Steps] = []
         """What has arrived and is not queued."""
@@ -103,7 +120,7 @@ class Lane:
                     "close some first, or ask again later",
                     retry_after_s=1.0,
                 )
-            slot = int(self.slab.allocate(1)[0])
+            slot = int(self.slab.allocate(1)[0]) if self.residence is None else self.residence.admit()
             session = self.sessions.open(slot, link, handle, terms, now)
             self.tally.sequences += 1
             was_live = False
@@ -162,6 +179,8 @@ class Lane:
             if not self.scheduler.is_busy(session.slot):
                 error = SessionExpired(session.name, idle_s=idle_s, limit_s=limit_s)
                 self._fail(session, error, SessionState.EXPIRED)
+        if self.residence is not None:
+            self.residence.sweep()
 
     def _detach(self, session: Session, now: float) -> None:
         self._detaching.discard(session)
@@ -199,6 +218,7 @@ class Lane:
 
     def _fail(self, session: Session, error: ServiceError, state: SessionState) -> None:
         """End a session through a fault or a limit of the server, and tell its link why."""
+        self.flush()  # what has arrived for a session must not outlive it
         link: Link | None = session.link
         if link is not None:
             self.tally.count_rejected(error.reason)
@@ -247,14 +267,14 @@ class Lane:
         entries = join(messages, sessions, self.row_types)
         for session in sessions:
             session.used_at = messages[0].arrived_at
-        faults = self._faults(entries)
+        faults = entries.faults(self.step_inputs, self.settings, self.num_queued_steps)
         admission = admit(sessions, entries.lengths, entries.positions, self.settings.max_inflight_steps, faults)
         if admission is not None:
             for index, error in admission.refusals:
                 session, length = sessions[index], entries.lengths[index]
                 self._tell_failed(session, session.sent - length, length, error)
             for index, start, stop in admission.replays:
-                self._replay(sessions[index], start, stop, is_entry_whole=stop - start == entries.lengths[index])
+                self.runs.replay(sessions[index], start, stop, is_entry_whole=stop - start == entries.lengths[index])
             entries.skip(admission.skips)
             if not entries.sessions:
                 return
@@ -264,43 +284,10 @@ class Lane:
             slots = [session.slot for session in entries.sessions]
             self.scheduler.submit(slots, entries.lengths, entries.starts, entries.inputs, deadlines=entries.deadlines)
 
-    def _faults(self, entries: Entries) -> dict[int, ServiceError]:
-        """Find entries that the queue has no room for, or with values that the model must not see."""
-        faults: dict[int, ServiceError] = {}
-        room = self.settings.max_queued_steps - self.num_queued_steps
-        if len(entries.inputs[0]) > room:
-            lengths = entries.lengths
-            sums = enumerate(accumulate(lengths))
-            faults = {index: self.overloaded(lengths[index]) for index, sum_ in sums if sum_ > room}
-        passes = self.settings.non_finite == "pass"
-        return bad_entries(self.step_inputs, entries.inputs, entries.starts, passes_non_finite=passes) | faults
-
-    def overloaded(self, num_steps: int) -> ServiceError:
-        """Say that the queue has no room for so many steps, now or ever."""
-        limit = self.settings.max_queued_steps
-        if num_steps > limit:
-            return Exhausted(f"{num_steps} steps at once, the limit (max_queued_steps) is {limit}; send fewer at once")
-        return Overloaded(
-            f"{self.num_queued_steps} steps are queued for {self.name}, the limit (max_queued_steps) is {limit}; "
-            "send again after a while",
-            retry_after_s=OVERLOAD_RETRY_S,
-        )
-
     def _tell_failed(self, session: Session, position: int, num_steps: int, error: ServiceError) -> None:
         self.tally.count_rejected(error.reason)
         if session.link is not None:
             session.link.sink(StepsFailed(session.handle, position, num_steps, error, session.expected))
-
-    def _replay(self, session: Session, start: int, stop: int, *, is_entry_whole: bool) -> None:
-        """Deliver kept answers of steps [start, stop) again; is_entry_whole: stop - 1 is the last step of its entry."""
-        link: Link | None = session.link
-        if link is None or (link.emit_last and not is_entry_whole):
-            return
-        if link.emit_last:
-            start = stop - 1
-        rows = session.kept_rows(start, stop)
-        outputs = [rows[i] if self.is_output_per_step[i] else rows[i][-1:] for i in link.outputs]
-        link.sink(Answer([session.handle], [start], [stop - start], outputs))
 
     # ---- runs -------------------------------------------------------------------------------------------------------
 
@@ -308,7 +295,7 @@ class Lane:
         """Form the next run, or None if nothing is ready."""
         for dropped in self.scheduler.expire(now):
             self._tell_expired(dropped, now)
-        batch = self.scheduler.next_batch()
+        batch = self.scheduler.next_batch() if self._pager is None else self._pager.next_batch(now)
         if batch is None:
             return None
         try:
@@ -325,7 +312,6 @@ class Lane:
 
     def lose(self, slots: list[int], error: RunFailed) -> None:
         """End the sessions that hold some slots."""
-        self.flush()  # what has arrived for a session must not outlive it
         for session in [self.sessions.by_slot[slot] for slot in slots if slot in self.sessions.by_slot]:
             self._fail(session, error, SessionState.FAILED)
 
@@ -379,18 +365,19 @@ class Lane:
             except RunFailed as error:
                 self.lose([slot], error)
                 self.scheduler.complete(part.batch)
-                self.slab.free(part.slots)
+                self.slab.free(np.array([slot]))
             else:
                 self.complete(part, outputs, now, 0.0)
 
     def _tell_expired(self, dropped: Dropped, now: float) -> None:
         session = self.sessions.by_slot[dropped.slot]
-        session.reject(dropped.num_expired + dropped.num_behind)
-        expected = session.expected
-        late = DeadlineExpired(f"{dropped.num_expired} steps waited past their timeout; send from {expected}")
-        behind = StepAborted(f"queued behind steps whose timeout passed; send from {expected}")
-        position = expected
-        for count, error in ((dropped.num_expired, late), (dropped.num_behind, behind)):
+        self._take_back(session, session.expired_parts(dropped.num_expired, dropped.num_behind), now)
+
+    def _take_back(self, session: Session, parts: list[tuple[int, ServiceError]], now: float) -> None:
+        """Reject all that was queued for a session and is not any more: (number of steps, why), in order."""
+        session.reject(sum(count for count, _ in parts))
+        position = session.expected
+        for count, error in parts:
             if count:
                 self._tell_failed(session, position, count, error)
             position += count
@@ -398,3 +385,13 @@ class Lane:
             self._end(session, SessionState.CLOSED)
         elif session in self._detaching:
             self._detach(session, now)
+
+    def _refuse(self, slot: int, error: ServiceError, now: float) -> None:
+        """A slot's state can't be had: reject what was queued for it, or end its session if the state is lost."""
+        session = self.sessions.by_slot.get(slot)
+        if session is None:  # dropped while it waited
+            self.slab.free(np.array([slot]))
+        elif isinstance(error, SpillFailed):
+            self._take_back(session, [(session.expected - session.applied, error)], now)
+        else:
+            self._fail(session, error, SessionState.FAILED)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.spec import Layout
+from service.entries import queue_full
 from service.events import Answer, Closed, Event, Link, StepsFailed
 from service.inputs import bad_rows, bad_value
 from service.lane import Lane
@@ -78,7 +79,7 @@ class PredictCall:
                 raise error
         num_steps, num = int(sequences.lengths.sum()), len(sequences.lengths)
         if lane.num_queued_steps + num_steps > lane.settings.max_queued_steps:
-            raise lane.overloaded(num_steps)
+            raise queue_full(num_steps, lane.num_queued_steps, lane.settings)
         self._outputs = []
         for index in sequences.outputs:
             spec = lane.graph.outputs[index]

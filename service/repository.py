@@ -11,6 +11,7 @@ from service.backend import Backend, check_provider
 from service.config import Settings
 from service.errors import ConfigError, ModelBroken, RunFailed, ServiceError
 from service.lane import Lane
+from service.spill import SpillStore
 
 log = logging.getLogger(__name__)
 MODEL_FILE = "model.onnx"
@@ -32,13 +33,15 @@ class Loaded:
 
     lanes: list[Lane] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
+    store: SpillStore | None = None
+    """Takes the states of idle sessions; whoever serves the lanes closes it after them."""
 
 
 def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> Loaded:
     """Load every version of every model, in the order of name and version.
 
     keeps_states  as Backend takes it
-    Raises ConfigError where the repository or the provider as a whole can't work.
+    Raises ConfigError where the repository, the provider or the spill store as a whole can't work.
     """
     root = settings.repository
     if not root.is_dir():
@@ -47,7 +50,7 @@ def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> 
             field="repository",
         )
     check_provider(settings.provider)
-    loaded = Loaded()
+    loaded = Loaded(store=SpillStore(settings.spill_store) if settings.spill_store else None)
     for model in _folders(root):
         folders = _folders(model)
         versions = sorted(int(path.name) for path in folders if _is_version(path.name))
@@ -60,15 +63,19 @@ def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> 
             loaded.broken.append(Broken(model.name, 0, error))
         for version in versions:
             try:
-                loaded.lanes.append(load_version(settings, model.name, version, keeps_states=keeps_states))
+                lane = load_version(settings, model.name, version, loaded.store, keeps_states=keeps_states)
+                loaded.lanes.append(lane)
             except ModelBroken as error:
                 loaded.broken.append(Broken(model.name, version, error))
     return loaded
 
 
-def load_version(settings: Settings, name: str, version: int, *, keeps_states: bool | None = None) -> Lane:
+def load_version(
+    settings: Settings, name: str, version: int, store: SpillStore | None = None, *, keeps_states: bool | None = None
+) -> Lane:
     """Load and probe one model version.
 
+    store         takes the states of idle sessions, if there are to be any
     keeps_states  as Backend takes it
     Raises ModelBroken and ConfigError.
     """
@@ -94,7 +101,7 @@ def load_version(settings: Settings, name: str, version: int, *, keeps_states: b
             backend.provider,
         )
     try:
-        return Lane(name, version, backend, exactness, settings)
+        return Lane(name, version, backend, exactness, settings, store)
     except MemoryError as error:
         raise ModelBroken(f"{path}: no memory for the states of all sequences: lower max_sessions ({error})") from error
     except (ModelBroken, RunFailed) as error:

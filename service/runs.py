@@ -11,16 +11,18 @@ import numpy.typing as npt
 
 from models.spec import GraphSpec, Layout, StepMode
 from service.backend import Backend
-from service.device import DeviceRunner
+from service.device import DeviceRunner, DeviceSlab
 from service.events import Answer, Link
+from service.residence import Residence
 from service.runner import Runner
 from service.scheduler import Batch
 from service.sessions import Kept, Session
-from service.slots import Slots
+from service.slots import Slots, StateSlab
 
 Array = npt.NDArray[Any]
 AnyRunner = Runner | DeviceRunner
 """Keeps the states of live sequences, on the host or on a device, and moves them on."""
+AnySlab = StateSlab | DeviceSlab
 
 
 def make_runner(backend: Backend, capacity: int, max_rows: int, threads: int) -> AnyRunner:
@@ -34,21 +36,24 @@ class Run:
 
     runner: AnyRunner
     batch: Batch
-    slots: Slots
+    rows: Slots
+    """Of the runner's slab."""
     inputs: dict[str, Array]
     lengths: Array
 
     def execute(self) -> list[Array]:
         """Move the states on and return the outputs. Raises RunFailed; unless it is StatesLost, they did not move."""
-        return self.runner.run(self.slots, self.inputs, self.lengths)
+        return self.runner.run(self.rows, self.inputs, self.lengths)
 
 
 class RunMaker:
     """Makes the runs of one model version, and the answers from their outputs."""
 
-    def __init__(self, backend: Backend, runner: AnyRunner, max_rows: int) -> None:
+    def __init__(self, backend: Backend, runner: AnyRunner, max_rows: int, residence: Residence | None = None) -> None:
+        """Make runs of at most `max_rows`; a residence knows the slab's rows of slots, which else are the same."""
         graph: GraphSpec = backend.graph
         self._runner = runner
+        self._residence = residence
         self._names = [t.name for t in graph.inputs if t.layout is Layout.PER_STEP]
         self._is_per_step = [t.layout is Layout.PER_STEP for t in graph.outputs]
         self._is_whole = backend.spec.step_mode[0] is StepMode.BUFFERED
@@ -67,6 +72,8 @@ class RunMaker:
         for index, name in enumerate(self._names):
             parts = [self._rows(payload[index], batch, at) for payload, at in segments]
             inputs[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._residence is not None:
+            slots = self._residence.rows(slots)
         return Run(self._runner, batch, slots, inputs, lengths)
 
     @staticmethod
@@ -128,6 +135,17 @@ class RunMaker:
                 # view would keep the whole run's outputs alive.
                 kept = [np.broadcast_to(y, (count, *y.shape[1:])).copy() for y in kept]
                 session.keep(Kept(positions[row], count, kept))
+
+    def replay(self, session: Session, start: int, stop: int, *, is_entry_whole: bool) -> None:
+        """Deliver kept answers of steps [start, stop) again; is_entry_whole: stop - 1 is the last step of its entry."""
+        link: Link | None = session.link
+        if link is None or (link.emit_last and not is_entry_whole):
+            return
+        if link.emit_last:
+            start = stop - 1
+        rows = session.kept_rows(start, stop)
+        outputs = [rows[i] if self._is_per_step[i] else rows[i][-1:] for i in link.outputs]
+        link.sink(Answer([session.handle], [start], [stop - start], outputs))
 
     def flatten(self, batch: Batch, outputs: Sequence[Array]) -> list[Array]:
         """Take the axis of time out of per-step outputs of a run of one step: [rows, ...]."""

@@ -75,13 +75,18 @@ class Batch:
 
     def row(self, index: int) -> Batch:
         """Cut one row out, to be run and completed alone."""
+        return self.part([index])
+
+    def part(self, rows: Sequence[int]) -> Batch:
+        """Cut some rows out, to be run and completed apart from the others."""
+        counts = [self.counts[row] for row in rows]
         return Batch(
-            slots=[self.slots[index]],
-            counts=[self.counts[index]],
-            starts=[self.starts[index]],
-            steps=self.counts[index],
-            is_last=[self.is_last[index]],
-            payloads=[self.payloads[index]],
+            slots=[self.slots[row] for row in rows],
+            counts=counts,
+            starts=[self.starts[row] for row in rows],
+            steps=max(counts),
+            is_last=[self.is_last[row] for row in rows],
+            payloads=[self.payloads[row] for row in rows],
         )
 
 
@@ -263,6 +268,10 @@ class Scheduler:
     def is_in_flight(self, batch: Batch) -> bool:
         """Whether a batch has not been completed."""
         return not self._running.isdisjoint(batch.slots)
+
+    def is_running(self, slot: int) -> bool:
+        """Whether a slot is in a batch that has not been completed."""
+        return slot in self._running
 
     def is_busy(self, slot: int) -> bool:
         """Whether steps of a slot are queued or running."""

@@ -26,7 +26,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import AnswersNotKept, Exhausted, PositionGap, ServiceError, SessionNotFound, StepAborted
+from service.errors import (
+    AnswersNotKept,
+    DeadlineExpired,
+    Exhausted,
+    PositionGap,
+    ServiceError,
+    SessionNotFound,
+    StepAborted,
+)
 from service.policies import Priority
 
 Array = npt.NDArray[Any]
@@ -133,6 +141,15 @@ class Session:
         """Take back queued steps that will not be run; the next ones are refused until they are sent again."""
         self.expected -= num_steps
         self.rejected_at = self.expected
+
+    def expired_parts(self, num_expired: int, num_behind: int) -> list[tuple[int, ServiceError]]:
+        """Say why all queued steps are to be rejected: (number of steps, why), those whose time ran out first."""
+        expected = self.expected - num_expired - num_behind
+        late = DeadlineExpired(f"{num_expired} steps waited past their timeout; send from {expected}")
+        return [
+            (num_expired, late),
+            (num_behind, StepAborted(f"queued behind steps whose timeout passed; send from {expected}")),
+        ]
 
     def reject_sent(self, num_steps: int) -> int:
         """Count steps as sent and rejected that never came to be queued. Returns the position of the first."""

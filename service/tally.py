@@ -18,6 +18,12 @@ class Tally:
     sequences: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     """Refusals by reason."""
+    spills: int = 0
+    """States moved out of memory, to the spill store."""
+    restores: int = 0
+    """States moved back."""
+    spill_errors: int = 0
+    """Failures of the spill store."""
 
     def count_run(self, num_rows: int, num_steps: int, seconds: float) -> None:
         """Count a run."""

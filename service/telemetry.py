@@ -49,6 +49,9 @@ class _EngineCollector(Collector):
                 "sequences": "Sequences begun: sessions opened, and sequences of Predict calls.",
                 "runs": "Runs of onnxruntime.",
                 "run_seconds": "Seconds spent in onnxruntime.",
+                "spills": "States of idle sessions moved out of memory.",
+                "restores": "States moved back into memory.",
+                "spill_errors": "Failures of the spill store.",
             }.items()
         }
         rejected = CounterMetricFamily("rnnserve_rejected", "Entries refused, by reason.", labels=(*LABELS, "reason"))
@@ -56,6 +59,8 @@ class _EngineCollector(Collector):
             name: GaugeMetricFamily(f"rnnserve_{name}", text, labels=LABELS)
             for name, text in {
                 "sessions": "Live sessions of streams.",
+                "sessions_resident": "Sessions whose state is in memory.",
+                "sessions_spilled": "Sessions whose state is in the spill store.",
                 "slots_used": "State slots that hold a sequence.",
                 "slots": "State slots.",
                 "queued_steps": "Timesteps that wait for their run or are in it.",
@@ -68,15 +73,21 @@ class _EngineCollector(Collector):
         for lane in self._engine.lanes:
             labels = (lane.name, str(lane.version))
             tally = lane.tally
+            residence = lane.residence
             for name, value in {
                 "steps": tally.steps,
                 "sequences": tally.sequences,
                 "runs": tally.runs,
                 "run_seconds": tally.run_seconds,
+                "spills": tally.spills,
+                "restores": tally.restores,
+                "spill_errors": tally.spill_errors,
             }.items():
                 counters[name].add_metric(labels, value)
             for name, value in {
                 "sessions": lane.num_sessions,
+                "sessions_resident": residence.num_resident if residence else lane.num_sessions,
+                "sessions_spilled": residence.num_spilled if residence else 0,
                 "slots_used": lane.slab.num_allocated,
                 "slots": lane.slab.capacity,
                 "queued_steps": lane.num_queued_steps,

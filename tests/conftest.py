@@ -8,6 +8,7 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
+from service.spill import SpillStore
 from tests.onnx_models import build
 from tests.serving import Served, serving
 
@@ -41,3 +42,11 @@ def served(repository: Path) -> Iterator[Served]:
     """A server of all of them with default settings."""
     with serving(repository) as running:
         yield running
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SpillStore]:
+    """A place for the states of idle sessions."""
+    store = SpillStore(tmp_path / "states.db")
+    yield store
+    store.close()

@@ -157,6 +157,30 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         load_settings(REQUIRED, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message", "field"),
+    [
+        ({"max_resident_sessions": 9}, "leaves the others' state without a place: set spill_store too", "spill_store"),
+        (
+            {"spill_store": "a.db"},
+            "nothing is moved to a.db unless max_resident_sessions is set",
+            "max_resident_sessions",
+        ),
+        (
+            {"max_resident_sessions": 9, "spill_store": "a.db", "max_sessions": 8},
+            "max_resident_sessions: 9 is more than max_sessions, 8; lower it",
+            "max_resident_sessions",
+        ),
+    ],
+)
+def test_settings_of_spilling_go_together(flags, message, field):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(REQUIRED | flags)
+    assert caught.value.field == field
+    both = load_settings(REQUIRED | {"max_resident_sessions": 9, "spill_store": "a.db", "max_sessions": 9})
+    assert (both.max_resident_sessions, both.spill_store) == (9, Path("a.db"))
+
+
 def test_settings_never_change():
     settings = load_settings(REQUIRED)
     with pytest.raises(ValidationError, match="frozen"):

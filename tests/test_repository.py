@@ -157,6 +157,13 @@ def test_states_that_memory_has_no_room_for_are_a_broken_model(load, tmp_path):
     assert "no memory for the states of all sequences: lower max_sessions" in message
 
 
+def test_a_spill_store_that_cannot_be_written_is_a_setting_at_fault(load, tmp_path):
+    save(tmp_path / "m" / "1")
+    with pytest.raises(ConfigError, match=r"spill_store .*states.db: it can't be written") as caught:
+        load(max_resident_sessions=1, spill_store=tmp_path / "none" / "states.db")
+    assert caught.value.field == "spill_store"
+
+
 def test_a_missing_repository_is_a_setting_at_fault(load, tmp_path):
     for path in (tmp_path / "none", tmp_path / "file"):
         (tmp_path / "file").touch()

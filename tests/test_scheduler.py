@@ -199,6 +199,22 @@ def test_rows_of_a_failed_batch_can_be_completed_alone_without_padding():
     assert scheduler.num_queued_steps == 0
 
 
+def test_parts_of_a_batch_run_until_each_is_completed():
+    scheduler = Scheduler(4, BatchConfig(max_chunk_steps=4))
+    submit(scheduler, {0: 4, 1: 6, 2: 3, 3: 4})
+    batch = scheduler.next_batch()
+    part = batch.part([2, 0])
+    assert (part.slots, part.counts, part.steps, part.is_last) == ([2, 0], [3, 4], 4, [True, True])
+    scheduler.complete(part)
+    assert [scheduler.is_running(slot) for slot in range(4)] == [False, True, False, True]
+    submit(scheduler, {0: 1, 1: 1})
+    assert run(scheduler) == {0: 1}
+    scheduler.complete(batch.part([1, 3]))
+    assert run(scheduler) == {1: 2}
+    assert run(scheduler) == {1: 1}
+    assert scheduler.num_queued_steps == 0
+
+
 def test_a_thousand_entries_behind_one_another_use_their_places_again():
     scheduler = Scheduler(2, BatchConfig(max_rows=1))
     for round_ in range(5):

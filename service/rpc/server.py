@@ -41,6 +41,7 @@ class Server:
         """
         self.settings = settings
         self.broken: Sequence[Broken] = loaded.broken
+        self._store = loaded.store
         self.engine = Engine(settings)
         for lane in loaded.lanes:
             self.engine.add(lane)
@@ -100,6 +101,8 @@ class Server:
         if self._handoff is not None:
             await self._handoff.close()
         self.engine.stop()
+        if self._store is not None:
+            self._store.close()
 
     def _bind(self, server: grpc.aio.Server) -> int:
         settings = self.settings

@@ -43,6 +43,8 @@ def main() -> None:
             json.dump(content, report_file)
 
     settings = Settings(**order["settings"])
+    if (store := settings.spill_store) is not None:  # each has a file of its own
+        settings = settings.model_copy(update={"spill_store": store.with_name(f"{store.name}.{place.index}")})
     log_to_stderr(settings, who=f"worker {place.index} ")
     try:
         loaded = load_repository(settings)
