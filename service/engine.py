@@ -125,7 +125,10 @@ class Engine:
     def drop(self, lane: Lane, link: Link) -> None:
         """A link is gone: free what it holds."""
         self._links.discard(link)
-        lane.drop(link, self.clock())
+        while not lane.drop(link, self.clock()):
+            if self._loop is not None:
+                self._loop.call_soon(self.drop, lane, link)  # what others sent has its turn in between
+                break
         self.wake()
 
     def wake(self) -> None:

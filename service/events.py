@@ -82,6 +82,8 @@ class Link:
     """Grows whenever `sessions` changes."""
     crew: Crew | None = None
     """Sessions that are together, if any are."""
+    is_gone: bool = False
+    """Whether its connection has ended: what it still holds is about to go."""
 
     @property
     def num_unanswered(self) -> int:

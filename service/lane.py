@@ -7,6 +7,7 @@ is  next_run -> Run.execute (on any thread) -> complete,  or `fail` where execut
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,15 @@ from service.errors import (
 from service.events import Closed, Link, Steps, StepsFailed
 from service.paging import Pager
 from service.residence import Residence
-from service.runs import AnySlab, Run, RunMaker, make_runner
+from service.runs import AnySlab, Run, RunMaker, advance, make_runner
 from service.scheduler import Batch, BatchConfig, Dropped, Scheduler
 from service.sessions import Session, SessionState, SessionTable, Terms, admit
 from service.spill import SpillStore
 from service.tally import Tally
 
 Array = npt.NDArray[Any]
+SLICE = 256
+"""Sessions of a link that end in one turn of the event loop, at most."""
 
 
 class Lane:
@@ -112,7 +115,7 @@ class Lane:
         """
         handle = link.num_opened
         link.num_opened += 1
-        session = self.sessions.find(terms)
+        session = self.find(terms, now)
         if session is None:
             if self.num_sessions >= self.settings.max_sessions:
                 raise Exhausted(
@@ -161,16 +164,30 @@ class Lane:
             else:
                 self._detach(session, now)
 
-    def drop(self, link: Link, now: float) -> None:
-        """The connection is gone: free every session at once, or detach it if it lingers."""
+    def drop(self, link: Link, now: float) -> bool:
+        """The connection is gone: free some of its sessions, or detach those that linger. Returns whether all are."""
         self.flush()
         link.sink = lambda _: None
-        for session in list(link.members):
-            if not self.sessions.detach(session, now):
-                self._end(session, SessionState.CLOSED)
+        link.is_gone = True
         link.sessions.clear()
         link.version += 1
-        link.members.clear()
+        for session in list(islice(link.members, SLICE)):
+            self._let_go(session, now)
+        return not link.members
+
+    def find(self, terms: Terms, now: float) -> Session | None:
+        """Find the live session of that name. Raises SessionNotFound where the terms want one and there is none."""
+        session = self.sessions.find(terms)
+        if session is not None and session.link is not None and session.link.is_gone:  # its turn to go has not come yet
+            self._let_go(session, now)
+            session = self.sessions.find(terms)
+        return session
+
+    def _let_go(self, session: Session, now: float) -> None:
+        """Free a session whose connection is gone, or detach it if it lingers."""
+        session.link.members.discard(session)
+        if not self.sessions.detach(session, now):
+            self._end(session, SessionState.CLOSED)
 
     def expire(self, now: float) -> None:
         """End sessions that are past their linger or idle limit."""
@@ -323,25 +340,7 @@ class Lane:
         if cancelled:
             self.slab.free(np.array(sorted(cancelled)))
         by_slot = self.sessions.by_slot
-        positions = []
-        rows_of: dict[Link | None, list[int]] = {}
-        ending = []
-        for row, (slot, count) in enumerate(zip(batch.slots, batch.counts, strict=True)):
-            if slot in cancelled:
-                positions.append(0)
-                continue
-            session = by_slot[slot]
-            position = session.applied
-            positions.append(position)
-            session.applied = position + count
-            session.used_at = now
-            link = session.link
-            if link in rows_of:
-                rows_of[link].append(row)
-            else:
-                rows_of[link] = [row]
-            if session.state is SessionState.DRAINING:
-                ending.append(session)
+        positions, rows_of, ending = advance(batch, cancelled, by_slot, now)
         outputs = self.runs.flatten(batch, outputs)
         if self.sessions.num_replaying:
             for rows in rows_of.values():

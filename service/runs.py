@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from service.events import Answer, Link
 from service.residence import Residence
 from service.runner import Runner
 from service.scheduler import Batch
-from service.sessions import Kept, Session
+from service.sessions import Kept, Session, SessionState
 from service.slots import Slots, StateSlab
 
 Array = npt.NDArray[Any]
@@ -182,3 +182,32 @@ def _segments(payloads: list[Any]) -> list[tuple[Any, slice]]:
             segments.append((payloads[start], slice(start, row)))
             start = row
     return segments
+
+
+def advance(
+    batch: Batch, cancelled: Container[int], by_slot: Mapping[int, Session], now: float
+) -> tuple[list[int], dict[Link | None, list[int]], list[Session]]:
+    """Count the steps of a run that is completed.
+
+    Returns (position of each row's first step, rows of each link, sessions that end when nothing is queued for them).
+    """
+    positions: list[int] = []
+    rows_of: dict[Link | None, list[int]] = {}
+    ending = []
+    for row, (slot, count) in enumerate(zip(batch.slots, batch.counts, strict=True)):
+        if slot in cancelled:
+            positions.append(0)
+            continue
+        session = by_slot[slot]
+        position = session.applied
+        positions.append(position)
+        session.applied = position + count
+        session.used_at = now
+        link = session.link
+        if link in rows_of:
+            rows_of[link].append(row)
+        else:
+            rows_of[link] = [row]
+        if session.state is SessionState.DRAINING:
+            ending.append(session)
+    return positions, rows_of, ending

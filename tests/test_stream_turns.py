@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
 from service.config import load_settings
 from service.engine import Engine
+from service.errors import SessionNotFound
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.repository import load_version
 from service.rpc.codec import LanePlan
@@ -75,3 +77,24 @@ async def test_few_are_taken_at_once(stream):
     stream.take(pb.StreamPredictRequest(frame=opens).SerializeToString())
     assert stream.held is None
     assert len(answered(stream).opened) == SLICE
+
+
+async def test_many_sessions_that_are_lost_with_their_connection_leave_turns_to_others(stream):
+    engine, lane = stream._engine, stream._lane
+    engine.start()
+    names = [Terms(session_id=f"s{number}") for number in range(4 * SLICE)]
+    lingering = Terms(session_id="lingers", linger_s=60.0)
+    await stream.open([*names, lingering])
+    stream.drop()
+    assert 0 < lane.num_sessions < 4 * SLICE + 1
+    # A name is free at once, whether or not its session's turn to go has come; one that lingers is still there.
+    left = [each for each in names if lane.sessions.find(each) is not None]
+    assert lane.find(left[0], engine.clock()) is None
+    with pytest.raises(SessionNotFound):
+        lane.find(dataclasses.replace(left[1], resume_only=True), engine.clock())
+    assert lane.find(lingering, engine.clock()).link is None
+    async with asyncio.timeout(10):
+        while lane.num_sessions > 1:  # noqa: ASYNC110  what it waits for is the engine's own turns
+            await asyncio.sleep(0)
+    assert lane.slab.num_allocated == 1
+    engine.stop()

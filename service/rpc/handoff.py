@@ -265,7 +265,7 @@ class _Porter:
 
     def take(self, now: float) -> None:
         """Take the session from its stream."""
-        session = self._lane.sessions.find(Terms(session_id=self._name))
+        session = self._lane.find(Terms(session_id=self._name), now)
         if session is not None:
             self._handle, _, _ = self._lane.open(self.link, session.terms, now)
 
@@ -293,7 +293,7 @@ class _Porter:
 
 
 def _is_live(lane: Lane, name: str) -> bool:
-    return lane.sessions.find(Terms(session_id=name)) is not None
+    return lane.find(Terms(session_id=name), time.monotonic()) is not None
 
 
 async def _read(request: web.Request) -> dict[str, Any]:
