@@ -68,6 +68,19 @@ def test_more_sessions_than_memory_holds_get_the_numbers_that_they_get_alone(lan
     assert lane.tally.spills == lane.tally.restores + 17 > 60
 
 
+def test_states_that_a_device_keeps_are_spilled_too(repository, store):
+    values = {"max_resident_sessions": 3, "spill_store": store.path, "repository": repository}
+    lane = load_version(load_settings(values), "lstm", 1, store, keeps_states=True)
+    client = Client(lane)
+    xs = open_many(client, 10)
+    for start, stop in ((0, 1), (1, 4)):
+        client.send({handle: x[start:stop] for handle, x in xs.items()})
+        drive(lane)
+    for handle, x in xs.items():
+        np.testing.assert_allclose(client.rows(handle), run_alone(lane, x).y, rtol=1e-6)
+    assert (lane.residence.num_resident, lane.residence.num_spilled) == (3, 7)
+
+
 def test_a_batch_is_cut_so_that_no_part_moves_many(lane_of, store):
     lane = lane_of(max_resident_sessions=100)
     client = Client(lane)

@@ -25,7 +25,7 @@ from service.errors import Overloaded
 from service.events import Closed, Steps, StepsFailed
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
-from service.sessions import Terms
+from service.sessions import SessionState, Terms
 from service.spill import SpillStore
 from tests import lanes
 from tests.lanes import Client, drive, equal, finish, lane_maker, steps
@@ -264,7 +264,7 @@ class LaneMachine(RuleBasedStateMachine):
                     equal(row, alone.y[position])
                     seen.add(position)
                 for closed in client.told(Closed):
-                    if closed.handle == handle and closed.position:
+                    if closed.handle == handle and closed.state is SessionState.CLOSED and closed.position:
                         ended = lanes.run_alone(self.lane, session.x[: closed.position])
                         for mine, expected in zip(closed.final_states, ended.states, strict=True):
                             equal(mine, expected)

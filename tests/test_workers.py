@@ -241,8 +241,10 @@ def test_a_worker_that_is_killed_is_nobody_elses_affair_and_sigterm_drains_all(m
         assert not list(fleet.scratch.glob("rnnserve-*"))
 
 
-def test_a_supervisor_that_is_killed_leaves_nothing_behind(models: Path) -> None:
-    with fleet_of(models) as fleet:
+def test_a_supervisor_that_is_killed_leaves_nothing_behind(models: Path, tmp_path: Path) -> None:
+    spilling = ("--max-resident-sessions", "8", "--spill-store", str(tmp_path / "states.db"))
+    with fleet_of(models, *spilling) as fleet:
+        assert {path.name for path in tmp_path.iterdir()} == {"states.db.0", "states.db.1"}
         port = int(fleet.address.rpartition(":")[2])
         workers = [fleet.worker(index) for index in range(2)]
         assert {worker.ppid() for worker in workers} == {fleet.process.pid}
@@ -306,6 +308,7 @@ def test_merged_pages_sum_what_counts_and_show_facts_once() -> None:
 def test_every_gauge_was_thought_about(served: Served) -> None:
     """A gauge is summed over workers unless it is a fact; a new one has to be put on one side."""
     summed = {"rnnserve_sessions", "rnnserve_slots_used", "rnnserve_slots", "rnnserve_queued_steps"}
+    summed |= {"rnnserve_sessions_resident", "rnnserve_sessions_spilled"}
     with urllib.request.urlopen(f"http://127.0.0.1:{served.server.http_port}/metrics") as response:
         gauges = {metric.name for metric in read_page(response.read()) if metric.type == "gauge"}
     assert gauges == summed | FACTS
