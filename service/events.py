@@ -27,6 +27,8 @@ class Answer:
     """Rows of each entry in every per-step output."""
     outputs: list[Array]
     """The link's outputs in its order: per-step [sum(lengths), ...], per-sequence [entries, ...]."""
+    goes_on: bool = False
+    """Whether more steps of each entry were sent in the same message, and are queued."""
 
 
 @dataclass(slots=True)

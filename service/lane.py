@@ -35,7 +35,7 @@ from service.spill import SpillStore
 from service.tally import Tally
 
 Array = npt.NDArray[Any]
-SLICE = 256
+SLICE = 32
 """Sessions of a link that end in one turn of the event loop, at most."""
 
 

@@ -115,7 +115,8 @@ class RunMaker:
             first = [positions[row] for row in rows]
             lengths = [counts[row] for row in rows]
         handles = [by_slot[slots[row]].handle for row in rows]
-        return Answer(handles, first, lengths, self._cut(batch, outputs, rows, link.outputs, emit_last=link.emit_last))
+        cut = self._cut(batch, outputs, rows, link.outputs, emit_last=link.emit_last)
+        return Answer(handles, first, lengths, cut, goes_on=not any(batch.is_last[row] for row in rows))
 
     def keep(
         self,

@@ -2,7 +2,6 @@
 
 import logging
 from collections import Counter
-from types import SimpleNamespace
 
 import onnx
 import onnxruntime as ort
@@ -15,8 +14,8 @@ from service.device import DeviceRunner
 from service.devicegraph import step_graph
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.placement import Node, Placement
-from service.repository import Loaded, load_repository
-from service.rpc.cli import _announce
+from service.repository import load_repository
+from service.rpc.announcement import announcement_of
 from service.rpc.codec import model_message
 from tests.onnx_models import build
 
@@ -69,8 +68,7 @@ def test_recurrent_nodes_that_fell_back_are_a_warning(fallen, caplog, capsys):
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(f"m/1: RNN b on {CPU}, since ")
-    server = SimpleNamespace(settings=fallen, port=1, http_port=2, engine=SimpleNamespace(lanes=loaded.lanes))
-    _announce(server, loaded)
+    announcement_of(loaded).show("h", 1, 2)
     assert f"    {FALLEN}\n" in capsys.readouterr().out
 
 
@@ -78,8 +76,7 @@ def test_nothing_is_said_of_nodes_that_are_where_they_should_be(tmp_path, caplog
     build("lstm").save(tmp_path, "m")
     settings = load_settings({"repository": tmp_path})
     loaded = load_repository(settings)
-    server = SimpleNamespace(settings=settings, port=1, http_port=2, engine=SimpleNamespace(lanes=loaded.lanes))
-    _announce(server, Loaded())
+    announcement_of(loaded).show("h", 1, 2)
     assert not caplog.records
     assert "nodes on" not in capsys.readouterr().out
 

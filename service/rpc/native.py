@@ -138,7 +138,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             stream.take(raw)
             if stream.held is not None:
                 await stream.take_held()
-            if stream.has_answers:  # they were made at once: begin to write them, and then to read
+            if stream.answers:  # they were made at once: begin to write them, and then to read
                 await asyncio.sleep(0)
             if stream.wants_room:
                 await stream.has_room()

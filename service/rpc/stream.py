@@ -31,8 +31,10 @@ from service.sessions import SessionState, Terms
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
-SLICE = 256
+SLICE = 32
 """Sessions that are opened or closed in one turn of the event loop, at most."""
+HELD_ROWS = 64
+"""Answers to a part of what came in one message wait for more of it, until there are so many."""
 CHECK_STEPS = 1024
 """Steps that are taken between two looks for room, at most."""
 _REASONS = {
@@ -55,16 +57,18 @@ class Stream:
         self._lane = lane = plan.lane
         self._mover = mover
         self._open_session = lane.open if mover is None else mover.open
+        self.answers: list[Answer] = []
+        """Wait to be written."""
         self.held: tuple[pb.StreamFrame, bytes] | None = None
         """A frame, and its message, that `take` has put off for `take_held`."""
         self._writer = AnswerWriter([plan.output_plans[index] for index in opening.outputs])
         self._link = Link(self._on_event, opening.outputs, emit_last=opening.emit_last)
         engine.attach(self._link)
-        self._answers: list[Answer] = []
         self._waiting: list[bytes] = []
         self._events = pb.StreamAnswer()
         self._num_events = 0
         self._num_unsent_bytes = 0
+        self._num_held_rows = 0  # answered, and not written
         self._num_unchecked_steps = 0  # taken since room was last looked for
         self._check_steps = min(lane.settings.max_inflight_steps // 4, CHECK_STEPS)
         self._has_frames = False
@@ -312,11 +316,6 @@ class Stream:
     # ---- answers ----------------------------------------------------------------------------------------------------
 
     @property
-    def has_answers(self) -> bool:
-        """Whether something waits to be written."""
-        return bool(self._answers)
-
-    @property
     def wants_room(self) -> bool:
         """Whether it is time to look if too much waits; mostly not."""
         return self._num_unchecked_steps >= self._check_steps or self._num_unsent_bytes > 0
@@ -343,7 +342,7 @@ class Stream:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                while self._answers or self._num_events or self._waiting:
+                while self.answers or self._num_events or self._waiting:
                     for message in self._pack():
                         await context.write(message)
                     self._has_written.set()
@@ -358,8 +357,12 @@ class Stream:
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Answer):
-            self._answers.append(event)
-            self._num_unsent_bytes += self._writer.step_bytes * len(event.outputs[0])
+            num_rows = len(event.outputs[0])
+            self.answers.append(event)
+            self._num_unsent_bytes += self._writer.step_bytes * num_rows
+            self._num_held_rows += num_rows
+            if event.goes_on and self._num_held_rows < HELD_ROWS:
+                return
         elif isinstance(event, StepsFailed):
             kind = pb.STEP_ERROR_KIND_SESSION_FAILED if event.is_over else pb.STEP_ERROR_KIND_STEP_REJECTED
             self._events.errors.add(
@@ -384,8 +387,8 @@ class Stream:
     def _pack(self) -> list[bytes]:
         """Take all that waits: answers that are ready together travel together, as far as a message holds them."""
         messages, self._waiting = self._waiting, []
-        answers, self._answers = self._answers, []
-        self._num_unsent_bytes = 0
+        answers, self.answers = self.answers, []
+        self._num_unsent_bytes = self._num_held_rows = 0
         if answers or self._num_events:
             events = None
             if self._num_events:
