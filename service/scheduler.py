@@ -320,11 +320,10 @@ class Scheduler:
         """
         longest = min(1 << (max(lengths) - 1).bit_length(), self.config.max_chunk_steps)
         while longest > limit:
-            padding = sum([longest - length for length in lengths if length < longest])
-            num_steps = sum([min(length, longest) for length in lengths])
-            if padding <= self._room(num_steps) and all(
-                2 * length > longest or self._done[slot] for slot, length in zip(slots, lengths, strict=True)
-            ):
+            short = [(slot, length) for slot, length in zip(slots, lengths, strict=True) if length < longest]
+            real = sum([length for _, length in short])
+            room = self._room(longest * (len(slots) - len(short)) + real)
+            if longest * len(short) - real <= room and all(2 * n > longest or self._done[slot] for slot, n in short):
                 return longest
             longest = 1 << (longest - 1).bit_length() - 1
         return limit
@@ -332,6 +331,8 @@ class Scheduler:
     def _fit(self, lengths: list[int], limit: int) -> list[bool]:
         """Mark entries that join a run of that many steps."""
         fits = [2 * length > limit for length in lengths]
+        if all(fits):
+            return fits
         steps = [min(length, limit) for length, is_in in zip(lengths, fits, strict=True) if is_in]
         room = self._room(sum(steps[: self.config.max_rows]))
         for index, length in enumerate(lengths):

@@ -11,8 +11,8 @@ from models.spec import Layout, TensorSpec
 from service.crews import Crew
 from service.events import Answer, Link, Steps
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
-from service.rpc.answers import MAX_ANSWER_BYTES, AnswerWriter
-from service.rpc.codec import TensorPlan
+from service.rpc.answers import MAX_ANSWER_BYTES, AnswerWriter, write_prediction
+from service.rpc.codec import TensorPlan, empty_tensor
 from service.rpc.repeat import CREW_SESSIONS, Repeat, learn, varint
 from service.sessions import ANONYMOUS, Session
 
@@ -91,6 +91,19 @@ def test_events_alone_are_a_message():
     [found] = read(AnswerWriter(PLANS).write([], pb.StreamAnswer(opened=[pb.SessionOpened(handle=1)])))
     assert found == pb.StreamAnswer(opened=[pb.SessionOpened(handle=1)])
     assert MAX_ANSWER_BYTES < 4 * 2**20  # gRPC's default limit
+
+
+@given(st.lists(st.integers(0, 5), max_size=3), st.booleans())
+def test_predictions_are_what_protobuf_would_write(nums, is_packed):
+    header = pb.PredictResponse(model="m", version=3, digest="d" * 64)
+    expected = pb.PredictResponse(model="m", version=3, digest="d" * 64)
+    outputs = []
+    for num in nums:
+        rows = np.arange(3 * num, dtype=np.float32).reshape(num, 3)
+        empty = empty_tensor(PLANS[0], rows, np.full(num, 1) if is_packed else None)
+        outputs.append((empty, rows))
+        expected.outputs.add(data=rows.tobytes()).MergeFrom(empty)
+    assert pb.PredictResponse.FromString(write_prediction(header, outputs)) == expected
 
 
 @given(st.integers(0, 2**64 - 1))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from models.spec import Layout
 from service.events import Answer
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
-from service.rpc.codec import TensorPlan, row_bytes_of
+from service.rpc.codec import TensorPlan, empty_tensor, row_bytes_of
 from service.rpc.repeat import varint
 
 Array = npt.NDArray[Any]
@@ -97,12 +97,7 @@ class AnswerWriter:
 
     def _head(self, index: int, rows: Array) -> bytes:
         """All of a tensor before its bytes; remembered for the numbers of rows that batches mostly have."""
-        plan = self._plans[index]
-        empty = pb.Tensor(name=plan.name, dtype=plan.wire_dtype, shape=rows.shape, layout=plan.wire_layout)
-        body = empty.SerializeToString()
-        if rows.nbytes:
-            body += _DATA_TAG + varint(rows.nbytes)
-        head = _TENSORS_TAG + varint(len(body) + rows.nbytes) + body
+        head = _tensor_head(_TENSORS_TAG, empty_tensor(self._plans[index], rows), rows)
         if len(self._heads) < _MAX_HEADS:
             self._heads[index, len(rows)] = head
         return head
@@ -121,15 +116,32 @@ class AnswerWriter:
         return groups
 
 
+def write_prediction(header: pb.PredictResponse, outputs: Sequence[tuple[pb.Tensor, Array]]) -> bytes:
+    """Write a response of Predict: its fields but the outputs, and those as tensors without data and their rows."""
+    parts = [header.SerializeToString()]
+    for empty, rows in outputs:
+        parts += [_tensor_head(_OUTPUTS_TAG, empty, rows), row_bytes_of(rows)]
+    return b"".join(parts)
+
+
+def _tensor_head(tag: bytes, empty: pb.Tensor, rows: Array) -> bytes:
+    """All of a tensor before its bytes."""
+    body = empty.SerializeToString()
+    if rows.nbytes:
+        body += _DATA_TAG + varint(rows.nbytes)
+    return tag + varint(len(body) + rows.nbytes) + body
+
+
 _MAX_HEADS = 1024
 _LENGTH_DELIMITED = 2
-_ANSWER_TAG, _POSITIONS_TAG, _TENSORS_TAG, _DATA_TAG = (
+_ANSWER_TAG, _POSITIONS_TAG, _TENSORS_TAG, _DATA_TAG, _OUTPUTS_TAG = (
     bytes([number << 3 | _LENGTH_DELIMITED])
     for number in (
         pb.StreamPredictResponse.ANSWER_FIELD_NUMBER,
         pb.StreamAnswer.POSITIONS_FIELD_NUMBER,
         pb.StreamAnswer.TENSORS_FIELD_NUMBER,
         pb.Tensor.DATA_FIELD_NUMBER,
+        pb.PredictResponse.OUTPUTS_FIELD_NUMBER,
     )
 )
 

@@ -179,15 +179,14 @@ def lengths_of(tensors: Sequence[pb.Tensor], plan: LanePlan, num_rows: int) -> I
     return check_lengths(found, num_rows, field="lengths")
 
 
-def tensor_of(name: str, rows: Array, plan: TensorPlan, lengths: Ints | None = None) -> pb.Tensor:
-    """Write an array."""
+def empty_tensor(plan: TensorPlan, rows: Array, lengths: Ints | None = None) -> pb.Tensor:
+    """Say what a tensor is, without its data."""
     return pb.Tensor(
-        name=name,
+        name=plan.name,
         dtype=plan.wire_dtype,
         shape=rows.shape,
         layout=plan.wire_layout,
         lengths=None if lengths is None else lengths.tolist(),
-        data=row_bytes_of(rows),
     )
 
 

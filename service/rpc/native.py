@@ -17,7 +17,8 @@ from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.predict import Sequences
 from service.repository import Broken
-from service.rpc.codec import LanePlan, lengths_of, model_message, tensor_of
+from service.rpc.answers import write_prediction
+from service.rpc.codec import LanePlan, empty_tensor, lengths_of, model_message
 from service.rpc.handoff import Handoff, Mover
 from service.rpc.requests import Opening, priority_of, read_open, read_request
 from service.rpc.stream import Stream
@@ -49,8 +50,8 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         """Describe one model version."""
         return pb.GetModelResponse(model=model_message(self._engine.lane(request.model, request.version)))
 
-    async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
-        """Run whole sequences."""
+    async def Predict(self, request: pb.PredictRequest, context: Context) -> bytes:
+        """Run whole sequences. Returns a serialised PredictResponse."""
         lane = self._engine.lane(request.model, request.version)
         plan = self.plan(lane)
         outputs = plan.pick_outputs(request.outputs)
@@ -77,17 +78,15 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         )
         tensors = []
         for index, values in zip(outputs, prediction.outputs, strict=True):
-            output = plan.output_plans[index]
             is_packed = lane.is_output_per_step[index] and request.emit != pb.EMIT_LAST
-            tensor = tensor_of(output.name, values, output, lengths if is_packed else None)
+            tensor = empty_tensor(plan.output_plans[index], values, lengths if is_packed else None)
             if not is_packed:
                 tensor.layout = pb.LAYOUT_PER_SEQUENCE
-            tensors.append(tensor)
-        tensors += [
-            tensor_of(state.name, values, state)
-            for state, values in zip(plan.states.values(), prediction.states, strict=False)
-        ]
-        return pb.PredictResponse(model=lane.name, version=lane.version, digest=lane.backend.digest, outputs=tensors)
+            tensors.append((tensor, values))
+        for state, values in zip(plan.states.values(), prediction.states, strict=False):
+            tensors.append((empty_tensor(state, values), values))
+        header = pb.PredictResponse(model=lane.name, version=lane.version, digest=lane.backend.digest)
+        return write_prediction(header, tensors)
 
     async def StreamPredict(self, request: object, context: Context) -> None:
         """Step live sequences until the client has sent all, or is gone."""
@@ -147,12 +146,14 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         stream.finish()
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
-        """Every method by its name; StreamPredict reads and writes bytes, since most messages need no protobuf."""
+        """Every method by its name; those that carry tensors write bytes, and StreamPredict reads them too."""
         unary = {
             method.name: grpc.unary_unary_rpc_method_handler(
                 getattr(self, method.name),
                 request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
-                response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+                response_serializer=None
+                if method.name == "Predict"
+                else message_factory.GetMessageClass(method.output_type).SerializeToString,
             )
             for method in _SERVICE.methods
             if not method.client_streaming
