@@ -33,6 +33,9 @@ UNWATCHED = 4
 """How much longer a run may hold the loop while no stream is connected: a thread costs more than the wait."""
 COST_SMOOTHING = 0.2
 """Weight of the newest measurement in a run's expected cost."""
+OUTLIER = 2.0
+"""A run counts as at most so many times what was expected: where others use the machine, one in some hundreds takes ten
+times as long, and must not send those that follow to a thread."""
 
 
 class Engine:
@@ -240,7 +243,7 @@ class Engine:
 
     def _learn(self, key: _Key, seconds: float) -> None:
         known = self._costs.get(key, seconds)
-        self._costs[key] = known + COST_SMOOTHING * (seconds - known)
+        self._costs[key] = known + COST_SMOOTHING * (min(seconds, OUTLIER * known) - known)
 
     def _tick(self) -> None:
         """End what has expired, every so often."""

@@ -134,7 +134,7 @@ def test_cpu_time_counts_every_process() -> None:
         process.stdout.readline()
         after_s, after_bytes = server.cpu_s(), server.memory_bytes()
         process.communicate("\n")
-    assert 0.25 < alive_s <= after_s < 5.0
+    assert 0.25 < alive_s < after_s + 0.05 < 5.0  # accounts of the living and of the ended round differently
     assert 0 < after_bytes < alive_bytes
 
 
