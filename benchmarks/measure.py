@@ -160,8 +160,11 @@ class Raw:
         options.intra_op_num_threads = 1
         self._session = ort.InferenceSession(repository / model / "1" / "model.onnx", options)
 
-    def step_us(self, batch: int, seconds: float, steps: int = 1) -> float:
-        """CPU time of one step, in runs of a batch of so many sequences and steps of each."""
+    def step_us(self, batch: int, seconds: float, steps: int = 1, idle_s: float = 0.0) -> float:
+        """CPU time of one step, in runs of a batch of so many sequences and steps of each.
+
+        idle_s  time that the process sleeps between runs, as a server does that waits for its client
+        """
         rng = np.random.default_rng(0)
         feeds = {"x": rng.standard_normal((batch, steps, FEATURES)).astype(np.float32)}
         feeds["lengths"] = np.full(batch, steps, dtype=np.int32)
@@ -169,8 +172,12 @@ class Raw:
             if value.name.startswith("state."):
                 feeds[value.name] = np.zeros((batch, *value.shape[1:]), dtype=np.float32)
         self._session.run(None, feeds)
-        runs, began, end = 0, time.process_time(), time.perf_counter() + seconds
+        runs, spent, end = 0, 0.0, time.perf_counter() + seconds
         while time.perf_counter() < end:
+            if idle_s:
+                time.sleep(idle_s)
+            began = time.process_time()
             self._session.run(None, feeds)
+            spent += time.process_time() - began
             runs += 1
-        return (time.process_time() - began) / runs / batch / steps * 1e6
+        return spent / runs / batch / steps * 1e6
