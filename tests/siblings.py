@@ -89,11 +89,11 @@ class Stream(Client):
         return bool(self.told(Closed))
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    """Let others run until something holds."""
+async def until(holds: Callable[[], bool], pause_s: float = 0.001) -> None:
+    """Let others run until something holds. Without a pause this thread may keep a run on another from ending."""
     async with asyncio.timeout(10):
         while not holds():  # noqa: ASYNC110  what it waits for is the engine's own turns
-            await asyncio.sleep(0)
+            await asyncio.sleep(pause_s)
 
 
 @asynccontextmanager
