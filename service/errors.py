@@ -18,7 +18,7 @@
     +-- StepAborted               queued behind a step that was rejected
     +-- DeadlineExpired           its time ran out before it was run
     +-- Unavailable               the server is draining
-    |   +-- SessionBusy           a session that is to move here has steps to finish elsewhere
+    |   +-- SessionBusy           another worker holds the session and has steps of it to finish
     +-- ConfigError               a setting that can't work (start-up)
     +-- ModelBroken               a model that can't be loaded (start-up, reload)
     +-- RunFailed                 onnxruntime failed: the server's fault
@@ -196,14 +196,14 @@ class Unavailable(ServiceError):
 
 
 class SessionBusy(Unavailable):
-    """It is on its way from another worker, which is still running its steps. The caller should open it again."""
+    """Another worker holds it and did not give it up in time. The caller should open it again after a while."""
 
     reason = "SESSION_BUSY"
 
-    def __init__(self, session_id: str, *, limit_s: float) -> None:
+    def __init__(self, session_id: str) -> None:
         super().__init__(
-            f"session {session_id!r} still has steps to finish on another worker of this server after {limit_s:.0f} s: "
-            "open it again after a while",
+            f"session {session_id!r} is on another worker of this server, which has steps of it to finish: open it "
+            "again after a while",
             retry_after_s=1.0,
         )
 

@@ -131,6 +131,17 @@ async def test_a_holder_that_wants_it_back_waits_for_it_to_have_moved(repository
         assert (a.names, b.names) == ({"a"}, set())
 
 
+async def test_a_worker_that_is_asked_much_is_not_taken_for_dead(repository, monkeypatch):
+    monkeypatch.setattr(peers, "ALIVE_S", 0.1)
+    async with workers_of(repository, max_sessions=400) as (a, b):
+        names = [f"session {number}" for number in range(300)]
+        opened = await asyncio.gather(*(a.stream().open_by_name(name) for name in names))
+        assert not any(stream.was_live for stream in opened)
+        moved = await asyncio.gather(*(b.stream().open_by_name(name) for name in names))
+        assert all(stream.was_live for stream in moved)
+        assert (a.names, b.names) == (set(), set(names))
+
+
 async def test_many_workers_that_open_a_name_at_once_leave_one_session(repository):
     async with workers_of(repository, num=4) as workers:
         for _ in range(5):
@@ -149,7 +160,7 @@ async def test_an_opener_that_is_gone_leaves_the_session_where_it_came_to(reposi
         old.put(x[:10])
         await old.answered(10)
         opening = asyncio.create_task(b.stream().open_by_name())
-        await until(lambda: old.is_over)
+        await until(lambda: old.is_over, pause_s=0)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
@@ -165,7 +176,7 @@ async def test_a_session_without_linger_ends_with_an_opener_that_is_gone(reposit
     async with workers_of(repository) as (a, b):
         old = await a.stream().open_by_name(linger_s=0.0)
         opening = asyncio.create_task(b.stream().open_by_name(linger_s=0.0))
-        await until(lambda: old.is_over)
+        await until(lambda: old.is_over, pause_s=0)
         opening.cancel()
         await until(lambda: not b.handoff._claims)
         assert (a.names, b.names, b.lane.slab.num_allocated) == (set(), set(), 0)

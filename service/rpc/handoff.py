@@ -79,7 +79,8 @@ class Handoff:
         self._engine = engine
         self._siblings = siblings
         self._index = index
-        self._claims: dict[_Claim, asyncio.Task[dict[str, _Arrival]]] = {}
+        self._claims: dict[tuple[Lane, str], list[_Claim]] = {}
+        self._tasks: set[asyncio.Task[dict[str, _Arrival]]] = set()  # the loop itself would forget them
         self._last_ns = 0
         self._leaving: set[tuple[Lane, str]] = set()  # they finish what is queued before they are given away
 
@@ -107,22 +108,29 @@ class Handoff:
         """Begin to have the sessions of those names here, held by a link until a stream opens them."""
         self._last_ns = max(self._last_ns + 1, time.monotonic_ns())
         claim = _Claim(lane, names, (self._last_ns, self._index))
-        task = self._claims[claim] = asyncio.create_task(self._bring(claim, link))
+        for name in names:
+            self._claims.setdefault((lane, name), []).append(claim)
+        task = asyncio.create_task(self._bring(claim, link))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return claim, task
 
     def release(self, claim: _Claim, link: Link) -> None:
         """Let later claims go on; sessions that no stream has opened linger, if they may."""
         self._engine.drop(claim.lane, link)
-        del self._claims[claim]
+        for name in claim.names:
+            claims = self._claims[claim.lane, name]
+            claims.remove(claim)
+            if not claims:
+                del self._claims[claim.lane, name]
         claim.is_over.set()
 
     async def _bring(self, claim: _Claim, link: Link) -> dict[str, _Arrival]:
         lane = claim.lane
-        held = await asyncio.gather(
-            self._wait_for_earlier(claim.lane, claim.names, claim.ticket),
+        late, answers = await asyncio.gather(
+            self._wait_for_earlier(lane, claim.names, claim.ticket),
             ask_all(self._siblings, HOLDERS, claim.question(claim.names)),
         )
-        late, answers = held
         room = lane.settings.max_sessions - lane.num_sessions  # for which more is not taken than there is
         asked: list[tuple[Peer, list[str]]] = []
         for sibling, answer in zip(self._siblings, answers, strict=True):
@@ -135,10 +143,10 @@ class Handoff:
         arrivals: dict[str, _Arrival] = {}
         parcels = [parcel for data in given if data is not None for parcel in unpack(data)]
         for parcel in sorted(parcels, key=lambda each: each.used_at, reverse=True):
-            arrivals[parcel.terms.session_id] = self._take_in(lane, link, parcel)
+            arrivals.setdefault(parcel.terms.session_id, self._take_in(lane, link, parcel))
         for name in (*late, *(name for _, names in asked for name in names)):
             if name not in arrivals and not _is_live(lane, name):
-                arrivals[name] = _Arrival(SessionBusy(name, limit_s=FINISH_S))
+                arrivals[name] = _Arrival(SessionBusy(name))
         return arrivals
 
     def _take_in(self, lane: Lane, link: Link, parcel: Parcel) -> _Arrival:
@@ -155,7 +163,7 @@ class Handoff:
 
     async def _wait_for_earlier(self, lane: Lane, names: frozenset[str], ticket: Ticket) -> list[str]:
         """Let earlier claims of this worker to those names end. Returns names of claims that don't in time."""
-        earlier = [c for c in self._claims if c.lane is lane and c.ticket < ticket and c.names & names]
+        earlier = {claim for name in names for claim in self._claims.get((lane, name), ()) if claim.ticket < ticket}
         with suppress(TimeoutError):
             async with asyncio.timeout(CLAIM_S):
                 for claim in earlier:

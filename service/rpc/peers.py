@@ -9,10 +9,12 @@ from pathlib import Path
 
 import aiohttp
 
-ALIVE_S = 1.0
+ALIVE_S = 2.0
 """Time in which a process begins to answer; one that does not is taken for dead."""
 PATIENCE_S = 20.0
 """Time for the rest of an answer."""
+MAX_BEGINNING = 16
+"""Most questions to one process that it has not begun to answer: it must not seem dead for being asked much."""
 
 
 class Peer:
@@ -21,6 +23,7 @@ class Peer:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._session: aiohttp.ClientSession | None = None
+        self._turns = asyncio.Semaphore(MAX_BEGINNING)
 
     async def ask(self, route: str, body: bytes | None = None) -> bytes | None:
         """GET a route, or POST a body to it. Returns None where the answer is not 200, or there is none."""
@@ -30,11 +33,9 @@ class Peer:
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         method = "GET" if body is None else "POST"
         try:
-            async with (
-                asyncio.timeout(ALIVE_S) as limit,
-                self._session.request(method, f"http://peer{route}", data=body) as response,
-            ):
-                limit.reschedule(asyncio.get_running_loop().time() + PATIENCE_S)
+            async with self._turns, asyncio.timeout(ALIVE_S):
+                response = await self._session.request(method, f"http://peer{route}", data=body)
+            async with response, asyncio.timeout(PATIENCE_S):
                 content = await response.read()
                 return content if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError):
