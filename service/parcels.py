@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service.entries import Entries
+from service.errors import SpillLost
 from service.events import Answer, Link
 from service.lane import Lane
 from service.policies import Priority
@@ -58,11 +59,19 @@ class Leaving(NamedTuple):
 
 
 def give(lane: Lane, leaving: Sequence[Leaving]) -> list[Parcel]:
-    """Take sessions out of their lane, and end them there. Raises RunFailed, and then all of them stay."""
-    if not leaving:
-        return []
+    """Take sessions out of their lane, and end them there; those whose state is lost are ended and left out.
+
+    Raises RunFailed where states can't be read, and then all of them stay.
+    """
     sessions = [each.link.sessions[each.handle] for each in leaving]
-    states = lane.slab.read(np.array([session.slot for session in sessions], dtype=np.int64))
+    slots = [session.slot for session in sessions]
+    try:
+        states = lane.slab.read(np.array(slots, dtype=np.int64)) if slots else []
+    except SpillLost as error:
+        if len(leaving) > 1:
+            return [parcel for each in leaving for parcel in give(lane, [each])]
+        lane.lose(slots, error)
+        return []
     parcels = []
     for row, (session, each) in enumerate(zip(sessions, leaving, strict=True)):
         kept = None

@@ -18,16 +18,22 @@ from service.repository import load_version
 from service.rpc.handoff import Handoff
 from service.rpc.peers import Peer, Place
 from service.sessions import Terms
+from service.spill import SpillStore
 from tests.lanes import Client
 
 
 class Worker:
     """An engine with one lane, and its part in moving sessions."""
 
-    def __init__(self, repository: Path, model: str, place: Place, **values: object) -> None:
+    def __init__(
+        self, repository: Path, model: str, place: Place, *, keeps_states: bool | None = None, **values: object
+    ) -> None:
+        if "max_resident_sessions" in values:
+            values["spill_store"] = place.folder / f"{place.index}.states"
         values = load_settings({"repository": repository, "max_sessions": 64, **values})
         self.engine = Engine(values)
-        self.lane = load_version(values, model, 1)
+        self.store = SpillStore(values.spill_store) if values.spill_store else None
+        self.lane = load_version(values, model, 1, self.store, keeps_states=keeps_states)
         self.engine.add(self.lane)
         self.handoff = Handoff(self.engine, [Peer(each.path) for each in place.siblings], place.index)
         self._path = place.path
@@ -44,6 +50,8 @@ class Worker:
         await self._runner.cleanup()
         await self.handoff.close()
         self.engine.stop()
+        if self.store is not None:
+            self.store.close()
 
     def stream(self, **link: object) -> Stream:
         return Stream(self, **link)

@@ -40,6 +40,54 @@ async def test_a_session_goes_on_where_it_stood_with_its_kept_answers(repository
         equal(old.rows(), alone[:20])
 
 
+@pytest.mark.parametrize("values", [{"keeps_states": True}, {"max_resident_sessions": 2}], ids=["device", "spilled"])
+async def test_states_move_wherever_they_are_kept(repository, values):
+    async with workers_of(repository, **values) as (a, b):
+        xs = {name: steps(ord(name), 30) for name in "abcdef"}
+        for name, x in xs.items():
+            stream = await a.stream().open_by_name(name)
+            stream.put(x[:20])
+            await stream.answered(20)
+        assert a.lane.residence is None or a.lane.residence.num_spilled == 4
+        moved = dict(zip(xs, await asyncio.gather(*(b.stream().open_by_name(name) for name in xs)), strict=True))
+        for name, stream in moved.items():
+            stream.put(xs[name][20:])
+            await stream.answered(10)
+            equal(rows_from(stream, 20, 30), run_alone(a.lane, xs[name]).y[20:])
+        assert (a.names, a.lane.slab.num_allocated, b.names) == (set(), 0, set(xs))
+
+
+async def test_a_state_that_is_lost_keeps_no_other_from_moving(repository):
+    async with workers_of(repository, max_resident_sessions=2) as (a, b):
+        for name in "abcd":
+            stream = await a.stream().open_by_name(name)
+            stream.put(steps(1, 5))
+            await stream.answered(5)
+        a.store.delete([a.lane.residence._base + slot for slot in a.lane.residence._spilled][:1])
+        wanted = [Terms(session_id=name, linger_s=60.0) for name in "abcd"]
+        mover = b.handoff.mover(b.lane, [0], emit_last=False)
+        async with mover.brought(wanted) as refused:
+            assert (len(refused), len(b.names), a.names) == (1, 3, set())
+        [(name, error)] = refused.items()
+        assert isinstance(error, SessionBusy)
+        assert not (await b.stream().open_by_name(name)).was_live
+
+
+async def test_a_session_that_finds_no_room_waits_for_it(repository, monkeypatch):
+    async with workers_of(repository) as (a, b):
+        await a.stream().open_by_name()
+        slots = b.lane.slab.allocate(b.lane.slab.num_free)  # as if Predict calls held all
+        opening = asyncio.create_task(b.stream().open_by_name())
+        await until(lambda: not a.names)
+        await asyncio.sleep(2 * handoff.ROOM_S)
+        b.lane.slab.free(slots)
+        assert (await opening).was_live
+        slots = a.lane.slab.allocate(a.lane.slab.num_free)
+        monkeypatch.setattr(handoff, "FINISH_S", 0.1)
+        with pytest.raises(Exhausted, match="room for 0"):
+            await a.stream().open_by_name()
+
+
 async def test_what_is_queued_is_finished_and_answered_on_the_new_stream(repository):
     async with workers_of(repository, max_chunk_steps=1) as (a, b):
         x = steps(2, 1000)
@@ -131,15 +179,27 @@ async def test_a_holder_that_wants_it_back_waits_for_it_to_have_moved(repository
         assert (a.names, b.names) == ({"a"}, set())
 
 
-async def test_a_worker_that_is_asked_much_is_not_taken_for_dead(repository, monkeypatch):
-    monkeypatch.setattr(peers, "ALIVE_S", 0.1)
+async def test_a_crowd_moves(repository):
     async with workers_of(repository, max_sessions=400) as (a, b):
-        names = [f"session {number}" for number in range(300)]
+        names = [f"session {number}" for number in range(200)]
         opened = await asyncio.gather(*(a.stream().open_by_name(name) for name in names))
         assert not any(stream.was_live for stream in opened)
         moved = await asyncio.gather(*(b.stream().open_by_name(name) for name in names))
         assert all(stream.was_live for stream in moved)
         assert (a.names, b.names) == (set(), set(names))
+
+
+async def test_a_session_stays_if_its_opener_has_given_up(repository, monkeypatch):
+    async with workers_of(repository, max_chunk_steps=1) as (a, b):
+        old = await a.stream().open_by_name()
+        old.put(steps(9, 1500))
+        monkeypatch.setattr(peers, "PATIENCE_S", 0.001)
+        with pytest.raises(SessionBusy):
+            await b.stream().open_by_name()
+        await until(lambda: not a.lane.num_queued_steps and not a.handoff._leaving)
+        assert (a.names, b.names) == ({"a"}, set())
+        monkeypatch.undo()
+        assert (await b.stream().open_by_name()).position == 1500
 
 
 async def test_many_workers_that_open_a_name_at_once_leave_one_session(repository):

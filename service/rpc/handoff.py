@@ -35,6 +35,10 @@ FINISH_S = 5.0
 """Longest that a holder runs queued steps before it gives a session up; an opener that is still waiting is refused."""
 CLAIM_S = 2 * FINISH_S
 """Longest wait for an earlier claim."""
+ROOM_S = 0.05
+"""Time between looks for room for a session that has come."""
+SLICE = 64
+"""Sessions that are taken, given or adopted in one turn of the event loop, at most."""
 HOLDERS, TAKE = "/sessions/holders", "/sessions/take"
 """Routes: which of these names are yours; give them up."""
 
@@ -140,26 +144,36 @@ class Handoff:
                 asked.append((sibling, names))
         more = {"outputs": link.outputs, "emit_last": link.emit_last}
         given = await asyncio.gather(*(each.ask(TAKE, claim.question(names, **more)) for each, names in asked))
-        arrivals: dict[str, _Arrival] = {}
         parcels = [parcel for data in given if data is not None for parcel in unpack(data)]
-        for parcel in sorted(parcels, key=lambda each: each.used_at, reverse=True):
-            arrivals.setdefault(parcel.terms.session_id, self._take_in(lane, link, parcel))
+        arrivals = await self._take_in(lane, link, parcels)
         for name in (*late, *(name for _, names in asked for name in names)):
             if name not in arrivals and not _is_live(lane, name):
                 arrivals[name] = _Arrival(SessionBusy(name))
         return arrivals
 
-    def _take_in(self, lane: Lane, link: Link, parcel: Parcel) -> _Arrival:
-        name = parcel.terms.session_id
-        if _is_live(lane, name):  # only if a worker was taken for dead that was not: the one that was used last stays
-            log.warning("two sessions of %s are called %r; one of them is dropped", lane.name, name)
-            return _Arrival()
-        try:
-            adopt(lane, link, parcel, self._engine.clock())
-        except Exhausted as error:
-            log.warning("no room for session %r of %s from another worker: %s", name, lane.name, error)
-            return _Arrival(error)
-        return _Arrival(answers=parcel.answers)
+    async def _take_in(self, lane: Lane, link: Link, parcels: list[Parcel]) -> dict[str, _Arrival]:
+        """Adopt sessions; one that there is no room for waits for some, for as long as a holder would."""
+        arrivals: dict[str, _Arrival] = {}
+        give_up_at = time.monotonic() + FINISH_S
+        for number, parcel in enumerate(sorted(parcels, key=lambda each: each.used_at, reverse=True), 1):
+            name = parcel.terms.session_id
+            if _is_live(lane, name):  # only if a worker was taken for dead that was not: the one used last stays
+                log.warning("two sessions of %s are called %r; one of them is dropped", lane.name, name)
+                continue
+            arrivals[name] = _Arrival(answers=parcel.answers)
+            while True:
+                try:
+                    adopt(lane, link, parcel, self._engine.clock())
+                    break
+                except Exhausted as error:
+                    if time.monotonic() >= give_up_at:
+                        log.error("session %r of %s is lost, it found no room: %s", name, lane.name, error)
+                        arrivals[name] = _Arrival(error)
+                        break
+                await asyncio.sleep(ROOM_S)
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
+        return arrivals
 
     async def _wait_for_earlier(self, lane: Lane, names: frozenset[str], ticket: Ticket) -> list[str]:
         """Let earlier claims of this worker to those names end. Returns names of claims that don't in time."""
@@ -187,25 +201,35 @@ class Handoff:
         question = await _read(request)
         response = await _begin(request)
         lane = self._lane(question)
-        parcels = [] if lane is None else await self._collect(lane, question)
+        parcels = [] if lane is None else await self._collect(lane, question, request)
         await response.write_eof(pack(parcels))
         return response
 
-    async def _collect(self, lane: Lane, question: dict[str, Any]) -> list[Parcel]:
-        """Take sessions from their streams, finish what is queued, and end them here."""
+    async def _collect(self, lane: Lane, question: dict[str, Any], request: web.Request) -> list[Parcel]:
+        """Take sessions from their streams, finish what is queued, and end them here, unless nobody waits any more."""
         names = [name for name in question["names"] if _is_live(lane, name)]
         porters = [_Porter(lane, name, question["outputs"], emit_last=question["emit_last"]) for name in names]
         leaving = {(lane, name) for name in names}
         self._leaving |= leaving
         try:
-            for porter in porters:
+            for number, porter in enumerate(porters, 1):
                 porter.take(self._engine.clock())
+                if number % SLICE == 0:
+                    await asyncio.sleep(0)
             self._engine.wake()
             with suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_S):
                     for porter in porters:
                         await porter.finish()
-            return give(lane, [porter.leaving for porter in porters if porter.is_ready])
+            await asyncio.sleep(0)  # for the loop to see that the asker has gone
+            if request.transport is None or request.transport.is_closing():
+                return []
+            parcels = []
+            for start in range(0, len(porters), SLICE):
+                ready = [porter.leaving for porter in porters[start : start + SLICE] if porter.is_ready]
+                parcels += give(lane, ready)
+                await asyncio.sleep(0)
+            return parcels
         finally:
             self._leaving -= leaving
             for porter in porters:
