@@ -1,8 +1,9 @@
 """Moves named sessions between the workers of one server: whoever opens a name gets its session, wherever it lives.
 
-A stream that opens names which are not here makes a *claim*: it asks every sibling who holds them, has the holders give
-them up, and adopts them; then it opens them as if they had always been here. A holder first takes the session from its
-stream, as a stream of its own would, and finishes what is queued. Laws:
+A stream that opens names makes a *claim*: it asks every sibling who holds them, has the holders give them up, and
+adopts them; then it opens them as if they had always been here. It asks even where a name is here, for an earlier claim
+may be about to take it away. A holder first takes the session from its stream, as a stream of its own would, and
+finishes what is queued. Laws:
 
     claims to one name follow each other in the order of their tickets, on whatever workers they are made
     so the last opener of a name has its session, and no name is live on two workers (but where one did not answer)
@@ -86,7 +87,6 @@ class Handoff:
         self._claims: dict[tuple[Lane, str], list[_Claim]] = {}
         self._tasks: set[asyncio.Task[dict[str, _Arrival]]] = set()  # the loop itself would forget them
         self._last_ns = 0
-        self._leaving: set[tuple[Lane, str]] = set()  # they finish what is queued before they are given away
 
     def routes(self) -> list[web.RouteDef]:
         """What siblings ask."""
@@ -102,11 +102,6 @@ class Handoff:
             await sibling.close()
 
     # ---- claims -----------------------------------------------------------------------------------------------------
-
-    def absent(self, lane: Lane, terms: Iterable[Terms]) -> frozenset[str]:
-        """Names that are asked for and not live here, or no longer for long."""
-        names = {each.session_id for each in terms if each.session_id}
-        return frozenset(n for n in names if not _is_live(lane, n) or (lane, n) in self._leaving)
 
     def claim(self, link: Link, lane: Lane, names: frozenset[str]) -> tuple[_Claim, asyncio.Task[dict[str, _Arrival]]]:
         """Begin to have the sessions of those names here, held by a link until a stream opens them."""
@@ -209,8 +204,6 @@ class Handoff:
         """Take sessions from their streams, finish what is queued, and end them here, unless nobody waits any more."""
         names = [name for name in question["names"] if _is_live(lane, name)]
         porters = [_Porter(lane, name, question["outputs"], emit_last=question["emit_last"]) for name in names]
-        leaving = {(lane, name) for name in names}
-        self._leaving |= leaving
         try:
             for number, porter in enumerate(porters, 1):
                 porter.take(self._engine.clock())
@@ -231,7 +224,6 @@ class Handoff:
                 await asyncio.sleep(0)
             return parcels
         finally:
-            self._leaving -= leaving
             for porter in porters:
                 self._engine.drop(lane, porter.link)
 
@@ -257,7 +249,7 @@ class Mover:
     @asynccontextmanager
     async def brought(self, terms: Sequence[Terms]) -> AsyncIterator[dict[str, ServiceError]]:
         """Within it, `open` finds sessions that lived on other workers. Gives those that can't be had now, and why."""
-        names = self._handoff.absent(self._lane, terms)
+        names = frozenset(each.session_id for each in terms if each.session_id)
         if not names:
             yield {}
             return
