@@ -14,16 +14,17 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
 
 import click
 
-from models.errors import MissingExtra, ModelsError, RecipeError, UnknownTask
+from models.dataflags import data_options
+from models.errors import DataError, MissingExtra, ModelsError, RecipeError, UnknownTask
 from models.recipe import Recipe
-from models.tasks import NAMES, load
+from models.tasks import NAMES
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_TRAIN_MODULES = ("torch", "onnx", "onnxscript", "matplotlib", "tqdm")
+_TRAIN_MODULES = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w", "tqdm")
 
 
 def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -33,7 +34,7 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (MissingExtra, RecipeError, UnknownTask) as error:
+        except (DataError, MissingExtra, RecipeError, UnknownTask) as error:
             _end(str(error), USAGE)
         except ModelsError as error:
             _end(str(error), FAILED)
@@ -54,41 +55,58 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(short_help="Train a net on a task.")
-@click.argument("task", type=click.Choice(NAMES))
+@click.command(short_help="Train a net on a task, or on data of your own.")
+@click.argument("task", type=click.Choice(NAMES), required=False)
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="Train what a TOML file says, such as a run's run.toml."
+)
+@data_options
 @recipe_options
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/TASK-CELL]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, as if it had never been interrupted.")
+@click.option("--tensorboard", metavar="DIR", type=click.Path(path_type=Path), help="Log for TensorBoard too.")
 @reports_errors
-def train(task: str, out: Path | None, resume: bool, **settings: Any) -> None:
-    """Train a net on a task, and write a run's directory.
+def train(
+    task: str | None,
+    config: Path | None,
+    data: dict[str, Any],
+    out: Path | None,
+    resume: bool,
+    tensorboard: Path | None,
+    **settings: Any,
+) -> None:
+    """Train a net on TASK, or on a data file of your own, and write a run's directory.
 
-    It holds config.json, metrics.json, curves.csv, curves.png, best.pt (the epoch with the best validation loss) and
-    last.pt (to resume from). Ctrl-C keeps the best so far.
+    It holds run.toml (which --config runs again), metrics.json, curves.csv, curves.png, best.pt (the epoch with the
+    best validation loss) and last.pt (to resume from). Ctrl-C keeps the best so far. Flags go before a config file.
     """
     with _extra("train", *_TRAIN_MODULES):
+        from models.config import RunConfig
         from models.runs import Run
         from models.train import train as run_training
 
-    chosen = load(task)
     given = {name: value for name, value in settings.items() if value is not None}
-    recipe = chosen.recipe.changed(**given)
-    out = out or Path("runs") / f"{task}-{recipe.cell}"
-    if resume:
-        recipe = Recipe.of(Run(out).read_json("config.json").get("recipe")).changed(**given)
-    outcome = run_training(chosen, recipe, out, resume=resume)
+    if resume and (out is None or config is not None):
+        raise RecipeError("--resume goes on with the run in --out, by its own run.toml: give --out, and no --config")
+    made_from = Run(out).config() if resume and out else RunConfig.read(config) if config else None
+    chosen, recipe = RunConfig.choose(made_from, task, data).load(given)
+    out = out or Path("runs") / f"{chosen.name}-{recipe.cell}"
+    if chosen.source:
+        click.echo(f"{chosen.name}: {chosen.described}")
+    outcome = run_training(chosen, recipe, out, resume=resume, tensorboard=tensorboard)
     metrics = outcome.metrics
     if not outcome.is_finished:
         click.echo(
             f"interrupted after epoch {metrics['epochs']}; the best so far, epoch {metrics['best_epoch']} with a "
             f"validation loss of {metrics['validation']['loss']:.4g}, is kept in {out}: export it as it is, or go on "
-            f"with `rnnserve train {task} --out {out} --resume`",
+            f"with `rnnserve train --out {out} --resume`",
             err=True,
         )
         raise SystemExit(INTERRUPTED)
     click.echo(
-        f"{task}: {recipe.cell}, {recipe.layers} x {recipe.hidden} units, {metrics['num_parameters']:,} parameters; "
-        f"{metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s, the best was epoch {metrics['best_epoch']}"
+        f"{chosen.name}: {recipe.cell}, {recipe.layers} x {recipe.hidden} units, {metrics['num_parameters']:,} "
+        f"parameters; {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s, the best was epoch "
+        f"{metrics['best_epoch']}"
     )
     unit = chosen.output.unit if chosen.kind == "regression" else ""
     for split in ("validation", "test"):

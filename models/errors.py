@@ -4,7 +4,7 @@ ModelsError
 ├── MissingExtra      a package of an optional extra is not installed
 ├── UnknownTask       no task of that name
 ├── RecipeError       settings of a run that make no sense, alone or for its task
-├── DataError         data could not be made again, or came out different
+├── DataError         data that cannot be used, or could not be made again
 ├── RunError          a run's directory is missing, taken or damaged
 ├── ExportError       a file could not be made
 │   └── ParityError   the file would answer differently from the model it came from
@@ -38,7 +38,7 @@ class RecipeError(ModelsError):
 
 
 class DataError(ModelsError):
-    """Data could not be made again from its package, or came out different from what ships."""
+    """Data cannot be used, or could not be made again from its package; mend what is named, by column and row."""
 
 
 class RunError(ModelsError):

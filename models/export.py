@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 
 from models.errors import ExportError, RunError
-from models.nets import RecurrentNet
+from models.mixed import MixedNet, Net, example_inputs
 from models.runs import Run, versions, write_whole
 from models.spec import LENGTHS, METADATA_KEY, GraphSpec, Layout, Spec, StateSpec, Training
 from models.tasks import Task
@@ -64,7 +64,7 @@ def export_run(run: Run, repository: Path, *, name: str | None = None, version: 
     return Exported(path=path, spec=spec, size=len(content))
 
 
-def export_net(net: RecurrentNet, task: Task, training: Training) -> tuple[onnx.ModelProto, Spec]:
+def export_net(net: Net, task: Task, training: Training) -> tuple[onnx.ModelProto, Spec]:
     """Make the ONNX model of a net, its spec within, once it has passed the gate.
 
     Raises ExportError and ParityError.
@@ -91,7 +91,7 @@ def export_net(net: RecurrentNet, task: Task, training: Training) -> tuple[onnx.
     return model, spec
 
 
-def to_onnx(net: RecurrentNet) -> onnx.ModelProto:
+def to_onnx(net: Net) -> onnx.ModelProto:
     """Trace a net into an ONNX graph: one operator per recurrent layer, dynamic batch and time.
 
     Raises ExportError when the exporter fails, or its graph is not what a server needs.
@@ -99,16 +99,19 @@ def to_onnx(net: RecurrentNet) -> onnx.ModelProto:
     ready = net.for_export()
     batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
     rows, steps = 3, 5
+    inputs = example_inputs(net, rows, steps)
     states = tuple(torch.zeros(rows, *net.state_shape) for _ in net.state_names)
     lengths = torch.tensor([steps, 2, 1], dtype=torch.int32)
+    axes = [{0: batch, 1: time}] * len(inputs) + [{0: batch}] * (1 + len(states))
     try:
         with _quiet():
             program = torch.onnx.export(
                 ready,
-                (torch.zeros(rows, steps, net.config.inputs), lengths, *states),
+                (*inputs.values(), lengths, *states),
                 dynamo=True,
-                dynamic_shapes=({0: batch, 1: time}, {0: batch}, tuple({0: batch} for _ in states)),
-                input_names=["x", LENGTHS, *net.state_names],
+                # As the arguments of forward are: those after a star are one tuple.
+                dynamic_shapes=(tuple(axes),) if isinstance(net, MixedNet) else (*axes[:2], tuple(axes[2:])),
+                input_names=[*inputs, LENGTHS, *net.state_names],
                 output_names=["y", *(f"{name}.next" for name in net.state_names)],
                 opset_version=OPSET,
                 verbose=False,
@@ -174,10 +177,10 @@ def _metrics(run: Run, validation: Mapping[str, float]) -> dict[str, float]:
     return flat
 
 
-def _graph_spec(net: RecurrentNet, task: Task, model: onnx.ModelProto) -> GraphSpec:
+def _graph_spec(net: Net, task: Task, model: onnx.ModelProto) -> GraphSpec:
     layout = Layout.PER_SEQUENCE if net.config.is_per_sequence else Layout.PER_STEP
     return GraphSpec(
-        inputs=(task.input,),
+        inputs=task.inputs,
         outputs=(task.output.model_copy(update={"layout": layout}),),
         states=tuple(
             StateSpec(name=name, next_name=f"{name}.next", row_shape=net.state_shape) for name in net.state_names
@@ -213,7 +216,7 @@ def _tidy(model: onnx.ModelProto) -> None:
         node.input[:] = [renamed.get(name, name) for name in node.input]
 
 
-def _check(model: onnx.ModelProto, net: RecurrentNet) -> None:
+def _check(model: onnx.ModelProto, net: Net) -> None:
     """Check what a server relies on and no comparison of numbers shows. Raises ExportError."""
     try:
         onnx.checker.check_model(model, full_check=True)

@@ -191,7 +191,7 @@ def build(task: Task, recipe: Recipe) -> RecurrentNet:
         raise RecipeError(f"{task.name} cannot be bidirectional: {task.looks_ahead}, which a backward layer reads")
     config = NetConfig(
         cell=recipe.cell,
-        inputs=task.num_features,
+        inputs=task.width,
         outputs=task.num_outputs,
         hidden=recipe.hidden,
         layers=recipe.layers,
@@ -199,7 +199,7 @@ def build(task: Task, recipe: Recipe) -> RecurrentNet:
         activation=recipe.activation,
         dropout=recipe.dropout,
         is_classifier=task.is_classification,
-        one_answer=task.topology == "many-to-one",
+        one_answer=task.one_answer,
         changes_of=task.changes_of,
     )
     return RecurrentNet(config, task.scaling())

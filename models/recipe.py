@@ -10,6 +10,9 @@ from models.errors import RecipeError
 from models.spec import Cell, Positive
 
 Activation = Literal["tanh", "relu"]
+Schedule = Literal["constant", "cosine", "plateau", "onecycle"]
+Device = Literal["cpu", "cuda"]
+Precision = Literal["32", "16-mixed", "bf16-mixed"]
 
 
 class Recipe(BaseModel):
@@ -40,7 +43,13 @@ class Recipe(BaseModel):
     patience: Positive = 20
     """Epochs without a better validation loss after which training stops."""
     lr: float = Field(3e-3, gt=0)
-    """Learning rate of AdamW."""
+    """Learning rate of AdamW; the highest, where it changes."""
+    schedule: Schedule = "constant"
+    """How the learning rate goes on: down a cosine to 0, halved on a plateau, or up and down once."""
+    warmup: int = Field(0, ge=0)
+    """Epochs in which the learning rate rises from 0."""
+    plateau_patience: Positive = 5
+    """Epochs without a better validation loss that the plateau schedule waits."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     batch_size: Positive = 32
@@ -51,11 +60,23 @@ class Recipe(BaseModel):
     """Seed of the weights, the order of sequences, the noise and dropout."""
     threads: Positive = 1
     """Threads of torch; small nets gain nothing from more, and another number may round differently."""
+    device: Device = "cpu"
+    """Where to train. On a GPU the same seed gives the same weights only up to rounding."""
+    precision: Precision = "32"
+    """Bits of the numbers that most is computed with in training; 16-mixed needs a GPU. Weights have 32 always."""
 
     @model_validator(mode="after")
     def _activation_fits(self) -> Self:
         if self.activation != "tanh" and self.cell != "rnn":
             raise ValueError(f"activation {self.activation} is for the rnn cell; {self.cell} has tanh inside")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_and_precision_fit(self) -> Self:
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup of {self.warmup} epochs leaves nothing of {self.epochs}: lower it")
+        if self.precision == "16-mixed" and self.device == "cpu":
+            raise ValueError("precision 16-mixed needs device cuda; on a CPU there is bf16-mixed")
         return self
 
     def to_dict(self) -> dict[str, str | int | float | bool | None]:
@@ -72,6 +93,10 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
-            faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
-            said = [f"{name}: {what}" if name else what.removeprefix("Value error, ") for name, what in faults]
-            raise RecipeError("; ".join(said)) from error
+            raise RecipeError(faults(error)) from error
+
+
+def faults(error: ValidationError) -> str:
+    """Say what is wrong with settings, by name, in one line."""
+    found = [(".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+    return "; ".join(f"{name}: {what}" if name else what for name, what in found)

@@ -1,6 +1,6 @@
 """What a training run leaves on disk, and how it gets there whole.
 
-    config.json    task and recipe; written first
+    run.toml       what is trained, by which recipe (models/config.py); written first
     last.pt        all that the next epoch needs, after every epoch
     best.pt        the weights with the best validation loss so far, and what made them
     metrics.json   written at the end, or when the run is interrupted
@@ -27,8 +27,11 @@ from typing import Any
 
 import torch
 
+from models.config import RunConfig
 from models.errors import RunError
 
+CONFIG = "run.toml"
+"""Name of the file that a run can be made again from."""
 FORMAT = 1
 """Raised by a change that an older reader would misread."""
 
@@ -52,7 +55,7 @@ class Run:
         """The checkpoint to go on from."""
         return self.path / "last.pt"
 
-    def create(self, config: Mapping[str, Any]) -> None:
+    def create(self, config: RunConfig) -> None:
         """Begin a run. Raises RunError when the directory holds something."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise RunError(f"{self.path} is taken: go on with it with --resume, or choose another --out")
@@ -60,10 +63,16 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make {self.path}: {error.strerror}") from error
-        self.write_json("config.json", config)
+        write_whole(self.path / CONFIG, config.to_toml().encode())
+
+    def config(self) -> RunConfig:
+        """Read run.toml. Raises RunError where there is none, RecipeError where it makes no sense."""
+        if not (self.path / CONFIG).is_file():
+            raise RunError(f"{self.path} is not a run: it has no {CONFIG}; make one with `rnnserve train`")
+        return RunConfig.read(self.path / CONFIG)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Read config.json or metrics.json. Raises RunError."""
+        """Read metrics.json. Raises RunError."""
         try:
             content: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -73,7 +82,7 @@ class Run:
         return content
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write config.json or metrics.json."""
+        """Write metrics.json."""
         write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_curves(self, rows: list[Row]) -> None:

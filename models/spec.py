@@ -75,6 +75,14 @@ class TensorSpec(_Frozen):
     """Names of the elements of a row (sensor channels, class labels)."""
     num_ids: int | None = None
     """For token ids: they lie in [0, num_ids)."""
+    categories: tuple[str, ...] = ()
+    """Names by id of a column of categories; the first, empty, stands for every value that was not trained on."""
+
+    @model_validator(mode="after")
+    def _categories_are_ids(self) -> Self:
+        if self.categories and (len(self.categories) != self.num_ids or self.categories[0]):
+            raise ValueError(f"{self.name}: categories need a name for each of num_ids, the first one empty")
+        return self
 
 
 class StateSpec(_Frozen):

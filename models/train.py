@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,20 +19,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from models import tasks
+from models.board import Board
+from models.compute import Compute
+from models.config import RunConfig
 from models.curves import draw
 from models.errors import RunError
-from models.nets import RecurrentNet, build
+from models.losses import evaluate, final_losses, gather, running_losses, score
+from models.mixed import Net, build
 from models.recipe import Recipe
 from models.runs import Row, Run, versions, write_whole
-from models.tasks import Split, Task
-from models.tasks.base import Array, pad
+from models.schedules import learning_rate
+from models.tasks import Task
 
-EVALUATION_BATCH = 256
-"""Sequences evaluated at once."""
+EPOCH_BAR_DELAY_S = 2.0
+"""Seconds after which an epoch has a progress bar of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,26 +75,33 @@ def train(
     resume: bool = False,
     show_progress: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
+    tensorboard: Path | None = None,
 ) -> Outcome:
     """Train, or go on with a run that was interrupted, and write the run's directory.
 
+    tensorboard  directory to log to for TensorBoard too
     should_stop is asked after every batch; once it says yes, or on Ctrl-C, the epoch under way is given up and the best
     so far kept. The caller's random state and threads are left as they were.
     Raises RunError when the directory is taken, or cannot be resumed or written; RecipeError when recipe and task
-    don't fit.
+    don't fit, or the device is not there; MissingExtra without TensorBoard where it is asked for.
     """
-    run = Run(out)
+    run, compute = Run(out), Compute(recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
-        with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
+        with (
+            torch.random.fork_rng(devices=compute.devices),
+            _interrupts() as interrupted,
+            Board(tensorboard and tensorboard / out.name) as board,
+        ):
             torch.manual_seed(recipe.seed)
-            net = build(task, recipe)
-            trainer = _Trainer(task, recipe, net, run)
+            net = build(task, recipe).to(compute.device)
+            trainer = _Trainer(task, recipe, net, run, compute, board)
+            config = RunConfig.of(task, recipe, versions("torch", "numpy"))
             if resume:
-                trainer.resume()
+                trainer.resume(config)
             else:
-                run.create({"task": task.name, "recipe": recipe.to_dict(), "versions": versions("torch", "numpy")})
+                run.create(config)
             is_finished = trainer.fit(show_progress, lambda: interrupted() or should_stop())
             return trainer.conclude(is_finished)
     except OSError as error:
@@ -99,13 +110,15 @@ def train(
         torch.set_num_threads(threads)
 
 
-def load_net(run: Run) -> tuple[Task, Recipe, RecurrentNet, dict[str, Any]]:
+def load_net(run: Run) -> tuple[Task, Recipe, Net, dict[str, Any]]:
     """Load a run's best net: its task, recipe, the net in evaluation mode, and its validation metrics.
 
+    The task of a data file of one's own comes without the data, which may be gone.
     Raises RunError, UnknownTask, RecipeError.
     """
     checkpoint = run.load(run.best)
-    task, recipe = tasks.load(checkpoint["task"]), Recipe.of(checkpoint["recipe"])
+    outline, recipe = checkpoint.get("outline"), Recipe.of(checkpoint["recipe"])
+    task = Task.of_outline(outline) if outline else tasks.load(checkpoint["task"])
     net = build(task, recipe)
     try:
         net.load_state_dict(checkpoint["net"])
@@ -114,36 +127,23 @@ def load_net(run: Run) -> tuple[Task, Recipe, RecurrentNet, dict[str, Any]]:
     return task, recipe, net.eval(), checkpoint["validation"]
 
 
-def evaluate(net: RecurrentNet, task: Task, split: Split) -> dict[str, float]:
-    """Compute the loss and the task's metrics of final answers over a split."""
-    net.eval()
-    answers: list[Array] = []
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(split), EVALUATION_BATCH):
-            numbers = range(start, min(start + EVALUATION_BATCH, len(split)))
-            x, lengths, targets = _batch(split, numbers)
-            scores = net.scores(x, lengths)
-            final, _ = _losses(net, scores, lengths, targets)
-            total += float(final.sum())
-            answers += _final_answers(net, scores, lengths)
-    count = len(split) if net.config.one_answer else int(split.lengths.sum())
-    return {"loss": total / count, **task.judge(split, answers)}
-
-
 class _Trainer:
     """One run: net, optimiser and progress."""
 
-    def __init__(self, task: Task, recipe: Recipe, net: RecurrentNet, run: Run) -> None:
-        self.task, self.recipe, self.net, self.run = task, recipe, net, run
+    def __init__(self, task: Task, recipe: Recipe, net: Net, run: Run, compute: Compute, board: Board) -> None:
+        self.task, self.recipe, self.net, self.run, self.compute, self.board = task, recipe, net, run, compute, board
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.progress = Progress()
 
-    def resume(self) -> None:
+    def resume(self, config: RunConfig) -> None:
         """Go on from last.pt, or from the start where no epoch was done yet."""
-        stored = self.run.read_json("config.json")
-        if stored.get("task") != self.task.name or stored.get("recipe") != self.recipe.to_dict():
-            raise RunError(f"{self.run.path} was made with another recipe; resume it with the one in its config.json")
+        stored = self.run.config()
+        if (stored.task, stored.data) != (config.task, config.data):
+            raise RunError(
+                f"{self.run.path} was made from another task or data; resume it with what is in its run.toml"
+            )
+        if Recipe.of(stored.recipe) != self.recipe:
+            raise RunError(f"{self.run.path} was made with another recipe; resume it with the one in its run.toml")
         if (self.run.path / "metrics.json").exists() and self.run.read_json("metrics.json").get("status") == "finished":
             raise RunError(f"{self.run.path} is finished, and was tested; train another with another --out")
         if not self.run.last.exists():
@@ -152,7 +152,7 @@ class _Trainer:
         self.net.load_state_dict(last["net"])
         self.optimizer.load_state_dict(last["optimizer"])
         self.progress = Progress(**last["progress"])
-        torch.set_rng_state(last["torch_rng"])
+        self.compute.restore(last["compute"])
 
     def fit(self, show_progress: bool, should_stop: Callable[[], bool]) -> bool:
         """Train until the recipe says enough; returns whether it did, rather than should_stop."""
@@ -166,7 +166,7 @@ class _Trainer:
         with bar:
             while not self.is_over:
                 started = time.monotonic()
-                loss = self.train_epoch(should_stop)
+                loss = self.train_epoch(should_stop, show_progress)
                 if loss is None:
                     return False
                 self.note(loss, time.monotonic() - started)
@@ -182,27 +182,46 @@ class _Trainer:
         is_stuck = progress.epoch - progress.best_epoch >= self.recipe.patience
         return is_stuck or progress.epoch >= self.recipe.epochs
 
-    def train_epoch(self, should_stop: Callable[[], bool]) -> float | None:
+    def train_epoch(self, should_stop: Callable[[], bool], show_progress: bool) -> float | None:
         """Pass over the training split once; returns the mean loss, or None when stopped on the way."""
         self.net.train()
         size = self.recipe.batch_size
         order = torch.randperm(len(self.task.train)).tolist()
+        starts = range(0, len(order), size)
+        past = [row["validation_loss"] for row in self.progress.history]
         losses = []
-        for start in range(0, len(order), size):
-            x, lengths, targets = _batch(self.task.train, order[start : start + size])
-            scores = self.net.scores(self.disturb(x), lengths)
-            final, running = _losses(self.net, scores, lengths, targets)
-            loss = final.mean()
-            if running is not None:
-                loss = loss + self.recipe.step_loss * running.mean()
-            self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.clip_norm)
-            self.optimizer.step()
-            losses.append(float(loss.detach()))
+        bar = tqdm(
+            starts,
+            desc=f"epoch {self.progress.epoch + 1}",
+            unit="batch",
+            leave=False,
+            delay=EPOCH_BAR_DELAY_S,
+            disable=None if show_progress else True,
+        )
+        for number, start in enumerate(bar):
+            step = self.progress.epoch * len(starts) + number
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.recipe, step, len(starts), past)
+            losses.append(self.train_batch(order[start : start + size]))
             if should_stop():
+                bar.close()
                 return None
         return float(np.mean(losses))
+
+    def train_batch(self, numbers: list[int]) -> float:
+        """Take a step of the optimiser by some training sequences; returns their loss."""
+        batch = gather(self.task, self.task.train, numbers, self.compute.device)
+        x = self.disturb(batch.x)
+        with self.compute.autocast():
+            scores = score(self.net, batch, x)
+        # Losses and what they are made of are sums of many small numbers: always in float32.
+        scores = scores.float()
+        loss = final_losses(self.net, self.task, scores, batch).mean()
+        running = running_losses(self.net, self.task, scores, batch)
+        if running is not None:
+            loss = loss + self.recipe.step_loss * running.mean()
+        self.compute.descend(loss, self.net.parameters(), self.optimizer, self.recipe.clip_norm)
+        return float(loss.detach())
 
     def disturb(self, x: Tensor) -> Tensor:
         """Add the recipe's noise and shift to a batch, [batch, time, features]."""
@@ -217,12 +236,21 @@ class _Trainer:
         progress = self.progress
         validation = evaluate(self.net, self.task, self.task.validation)
         progress.seconds += seconds
-        row: Row = {"epoch": progress.epoch + 1, "train_loss": train_loss, "seconds": round(seconds, 4)}
-        progress.history.append(row | {f"validation_{name}": value for name, value in validation.items()})
+        row: Row = {
+            "epoch": progress.epoch + 1,
+            "train_loss": train_loss,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 4),
+        }
+        row |= {f"validation_{name}": value for name, value in validation.items()}
+        progress.history.append(row)
+        self.board.epoch(row)
         if validation["loss"] < progress.best_loss:
             progress.best_epoch, progress.best_loss = progress.epoch, validation["loss"]
-            progress.best_net = {name: weights.clone() for name, weights in self.net.state_dict().items()}
+            progress.best_net = {name: weights.cpu().clone() for name, weights in self.net.state_dict().items()}
             made_from = {"task": self.task.name, "recipe": self.recipe.to_dict(), "epoch": progress.epoch}
+            if self.task.source:
+                made_from["outline"] = self.task.outline()
             self.run.save(self.run.best, {**made_from, "validation": validation, "net": progress.best_net})
         self.run.save(
             self.run.last,
@@ -230,7 +258,7 @@ class _Trainer:
                 "net": self.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "progress": asdict(progress),
-                "torch_rng": torch.get_rng_state(),
+                "compute": self.compute.state(),
             },
         )
 
@@ -268,56 +296,10 @@ class _Trainer:
         picture = draw(progress.history, title=title, best_epoch=progress.best_epoch, baseline=(name, of_validation))
         self.run.write_curves(progress.history)
         write_whole(self.run.path / "curves.png", picture)
+        self.board.end(metrics)
         # Last: a run whose metrics say "finished" has all its files.
         self.run.write_json("metrics.json", metrics)
         return Outcome(run=self.run, is_finished=is_finished, metrics=metrics)
-
-
-def _batch(split: Split, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gather sequences of a split.
-
-    Returns (x [batch, time, features], lengths [batch] int32, targets: classes [batch] int64, or rows of every step,
-    [sum(lengths), outputs]).
-    """
-    x = torch.from_numpy(pad([split.inputs[n] for n in numbers]))
-    lengths = torch.tensor([len(split.inputs[n]) for n in numbers], dtype=torch.int32)
-    asked = [split.targets[n] for n in numbers]
-    targets = np.stack(asked) if asked[0].ndim == 0 else np.concatenate(asked)
-    return x, lengths, torch.from_numpy(targets)
-
-
-def _losses(net: RecurrentNet, scores: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Compute losses one by one, of what `RecurrentNet.scores` returned.
-
-    Returns (those of final answers: [batch] cross-entropies, or [sum(lengths)] Huber losses in units of output_scale;
-    those of a classifier's running answers, [sum(lengths)], or None where it has none).
-    """
-    if not net.config.is_classifier:
-        errors = (scores[_within(scores, lengths)] - targets) / net.output_scale
-        return nn.functional.huber_loss(errors, torch.zeros_like(errors), reduction="none").mean(dim=1), None
-    final = nn.functional.cross_entropy(_final(net, scores, lengths), targets, reduction="none")
-    if net.config.is_per_sequence:
-        return final, None
-    within = _within(scores, lengths)
-    repeated = targets[:, None].expand(within.shape)
-    return final, nn.functional.cross_entropy(scores[within], repeated[within], reduction="none")
-
-
-def _final_answers(net: RecurrentNet, scores: Tensor, lengths: Tensor) -> list[Array]:
-    """Cut out each sequence's final answer: [outputs] of one answer, else [length, outputs]."""
-    if net.config.one_answer:
-        return list(_final(net, scores, lengths).softmax(-1).numpy())
-    return [row[:length].numpy() for row, length in zip(scores, lengths.tolist(), strict=True)]
-
-
-def _final(net: RecurrentNet, scores: Tensor, lengths: Tensor) -> Tensor:
-    """Scores of a many-to-one net's final answers, [batch, outputs]."""
-    return scores if net.config.is_per_sequence else scores[torch.arange(len(lengths)), lengths.long() - 1]
-
-
-def _within(scores: Tensor, lengths: Tensor) -> Tensor:
-    """Which steps are not padding, [batch, time]."""
-    return torch.arange(scores.shape[1]) < lengths[:, None]
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import torch
 
 from models.checks import MAX_TOLERANCE, TOLERANCE, differ, random_cuts, run_in_chunks, without_padding
 from models.errors import ParityError
-from models.nets import RecurrentNet
+from models.mixed import Net
 from models.runtime import Array, Named, Runtime
-from models.spec import LENGTHS, Golden, GoldenArray, GraphSpec, Parity
+from models.spec import LENGTHS, Golden, GoldenArray, GraphSpec, Parity, TensorSpec
 
 # Rows and longest row of each case; rows are ragged, the first one longest.
 _SHAPES = ((1, 1), (4, 1), (1, 9), (3, 5), (5, 40), (8, 17), (2, 233), (1, 301))
@@ -39,7 +39,7 @@ class Case:
         return self.inputs[LENGTHS]
 
 
-def gate(net: RecurrentNet, model: bytes, graph: GraphSpec, *, seed: int = 0) -> tuple[Parity, tuple[Golden, ...]]:
+def gate(net: Net, model: bytes, graph: GraphSpec, *, seed: int = 0) -> tuple[Parity, tuple[Golden, ...]]:
     """Compare a net with the file made of it, over several batches, lengths, states, and cuts in time.
 
     Every output and every next state is compared. The largest difference allowed is TOLERANCE; only where rounding
@@ -83,7 +83,7 @@ def gate(net: RecurrentNet, model: bytes, graph: GraphSpec, *, seed: int = 0) ->
 
 
 def make_case(
-    net: RecurrentNet,
+    net: Net,
     graph: GraphSpec,
     rng: np.random.Generator,
     *,
@@ -94,14 +94,12 @@ def make_case(
 ) -> Case:
     """Draw inputs as the training data were spread, and ask torch.
 
-    Rows are ragged: the first is the longest, the last the shortest. States are zeros, or drawn from within the range
-    that the cell can reach.
+    Rows are ragged: the first is the longest, the last the shortest. Ids are any that the model takes. States are
+    zeros, or drawn from within the range that the cell can reach.
     """
     lengths = rng.integers(shortest, longest, size=rows, endpoint=True).astype(np.int32)
     lengths[-1], lengths[0] = shortest, longest
-    mean, scale = net.input_mean.numpy(), net.input_scale.numpy()
-    x = (mean + scale * rng.standard_normal((rows, longest, net.config.inputs))).astype(np.float32)
-    inputs = {"x": x, LENGTHS: lengths}
+    inputs = {tensor.name: _drawn(net, tensor, rng, rows, longest) for tensor in graph.inputs} | {LENGTHS: lengths}
     for name in net.state_names:
         drawn = rng.uniform(-1.0, 1.0, (rows, *net.state_shape)) * has_state
         inputs[name] = (np.abs(drawn) if net.config.activation == "relu" else drawn).astype(np.float32)
@@ -113,6 +111,13 @@ def make_case(
     outputs = {name: answer.numpy() for name, answer in zip(names, answers, strict=True)}
     exactly = {name: answer.numpy() for name, answer in zip(names, exact, strict=True)}
     return Case(about, inputs, outputs, _tolerance(graph, outputs, exactly, lengths))
+
+
+def _drawn(net: Net, tensor: TensorSpec, rng: np.random.Generator, rows: int, longest: int) -> Array:
+    if tensor.num_ids:
+        return rng.integers(tensor.num_ids, size=(rows, longest))
+    mean, scale = net.input_mean.numpy(), net.input_scale.numpy()
+    return (mean + scale * rng.standard_normal((rows, longest, len(mean)))).astype(np.float32)
 
 
 def _tolerance(graph: GraphSpec, answers: Named, exact: Named, lengths: Array) -> float:

@@ -1,4 +1,7 @@
-"""Real data sets, and what each asks of a model. Torch-free: `load("vowels").test.inputs` is numpy."""
+"""Real data sets and data of one's own, and what each asks of a model.
+
+Torch-free: `load("vowels").test.inputs` is numpy.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import importlib
 
 from models.errors import UnknownTask
 from models.tasks.base import Scaling, Split, Task
+from models.tasks.own import load as load_own
+from models.tasks.settings import DataSettings
 
 NAMES = ("vowels", "waterflow")
 """Tasks that ship, each a module of this package with a function `task`."""
 
-__all__ = ["NAMES", "Scaling", "Split", "Task", "load"]
+__all__ = ["NAMES", "DataSettings", "Scaling", "Split", "Task", "load", "load_own"]
 
 
 @functools.cache

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -25,11 +25,15 @@ class Split:
     inputs: tuple[Array, ...]
     """Each [length, features] float32, in raw units."""
     targets: tuple[Array, ...]
-    """Each a class, shape () int64, or one row per step, [length, outputs] float32 in raw units."""
+    """Each a class, shape () int64 or [length]; or values in raw units, [outputs] float32 or [length, outputs]."""
+    ids: tuple[Array, ...] = ()
+    """Each [length, categorical features] int64; empty where the task has none."""
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"{len(self.inputs)} inputs, but {len(self.targets)} targets")
+        if self.ids and len(self.inputs) != len(self.ids):
+            raise ValueError(f"{len(self.inputs)} inputs, but {len(self.ids)} of categories")
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -40,6 +44,18 @@ class Split:
         return np.array([len(x) for x in self.inputs], dtype=np.int32)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Categorical:
+    """A per-step input of category ids, which become vectors within the model."""
+
+    spec: TensorSpec
+    """The input."""
+    encoding: Literal["embedding", "one-hot"]
+    """Whether a vector is trained, or a one at the place of the category, and zeros for the id 0."""
+    width: int
+    """Elements of a vector."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scaling:
     """What takes raw units to numbers near one and back; measured on the training split alone.
@@ -48,9 +64,9 @@ class Scaling:
     """
 
     input_mean: Array
-    """[features] float32."""
+    """[width] float32; zeros for what was a category."""
     input_scale: Array
-    """[features] float32, never 0."""
+    """[width] float32, never 0; ones for what was a category."""
     output_mean: Array
     """[outputs] float32; zeros for a classifier."""
     output_scale: Array
@@ -73,16 +89,22 @@ class Task:
     """Name and source of the data."""
     license: str
     """Licence of the data."""
-    input: TensorSpec
-    """The per-step input."""
+    input: TensorSpec | None
+    """The per-step input of numbers; None where every feature is a category."""
+    categorical: tuple[Categorical, ...] = ()
+    """Per-step inputs of category ids."""
     output: TensorSpec
     """The output, as a causal model gives it: one row per step."""
     labels: tuple[str, ...] = ()
     """Class labels, by class."""
+    class_weights: tuple[float, ...] = ()
+    """Weight of each class in the loss; empty: all the same."""
     changes_of: tuple[int, ...] = ()
     """Input features whose change the head predicts, so that answering "no change" costs nothing; empty: none."""
     looks_ahead: str = ""
     """Why a backward layer would read the answer off the input; empty where it would not."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that it was made by from a data file of one's own; empty for a task that ships."""
     train: Split
     """What weights and statistics are fitted to."""
     validation: Split
@@ -93,9 +115,38 @@ class Task:
     """Default settings of a run."""
 
     @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The per-step inputs in the order that a net takes them."""
+        return ((self.input,) if self.input else ()) + tuple(each.spec for each in self.categorical)
+
+    @property
     def num_features(self) -> int:
-        """Width of a step's input."""
-        return self.input.row_shape[0]
+        """Numbers in a step's input, without categories."""
+        return self.input.row_shape[0] if self.input else 0
+
+    @property
+    def width(self) -> int:
+        """Width of what the first layer reads: the numbers, and the vectors of the categories."""
+        return self.num_features + sum(each.width for each in self.categorical)
+
+    @property
+    def one_answer(self) -> bool:
+        """Whether the sequence as a whole has one answer, or every step its own."""
+        return self.topology == "many-to-one"
+
+    @property
+    def described(self) -> str:
+        """What it is, in a line for people."""
+        of_splits = (self.train, self.validation, self.test)
+        lengths = np.concatenate([split.lengths for split in of_splits])
+        counts = ", ".join(str(len(split)) for split in of_splits)
+        what = f"{self.num_outputs} classes" if self.is_classification else self.kind
+        counted = (self.num_features, "number", "numbers"), (len(self.categorical), "category", "categories")
+        inputs = [f"{count} {one if count == 1 else many}" for count, one, many in counted if count]
+        return (
+            f"{self.summary} ({what}) from {' and '.join(inputs)} a step; sequences of {lengths.min()} to "
+            f"{lengths.max()} steps: {counts} to train, validate and test on"
+        )
 
     @property
     def num_outputs(self) -> int:
@@ -108,45 +159,111 @@ class Task:
         return self.kind == "classification"
 
     def scaling(self) -> Scaling:
-        """Measure the training split; no other split is looked at."""
-        steps = np.concatenate(self.train.inputs).astype(np.float64)
+        """Measure the training split; no other split is looked at. Without its data, nothing is scaled."""
         mean, scale = np.zeros(self.num_outputs), np.ones(self.num_outputs)
-        if not self.is_classification:
-            asked = np.concatenate(self.train.targets).astype(np.float64)
-            if self.changes_of:
-                # Median, not standard deviation: rare outages would drown the hourly changes.
-                scale = np.maximum(np.median(np.abs(asked - steps[:, list(self.changes_of)]), axis=0), 1e-6)
-            else:
-                mean, scale = asked.mean(axis=0), np.maximum(asked.std(axis=0), 1e-6)
-        return Scaling(
-            steps.mean(axis=0).astype(np.float32),
-            np.maximum(steps.std(axis=0), 1e-6).astype(np.float32),
-            mean.astype(np.float32),
-            scale.astype(np.float32),
-        )
+        input_mean, input_scale = np.zeros(self.width), np.ones(self.width)
+        if len(self.train):
+            steps = np.concatenate(self.train.inputs).astype(np.float64)
+            input_mean[: self.num_features] = steps.mean(axis=0)
+            input_scale[: self.num_features] = _spread(steps)
+            if not self.is_classification:
+                asked = np.stack(self.train.targets) if self.one_answer else np.concatenate(self.train.targets)
+                asked = asked.astype(np.float64)
+                if self.changes_of:
+                    changes = asked - steps[:, list(self.changes_of)]
+                    # Median, not standard deviation: rare outages would drown the hourly changes.
+                    typical = np.median(np.abs(changes), axis=0)
+                    scale = np.where(typical > 0, typical, _spread(changes))
+                else:
+                    mean, scale = asked.mean(axis=0), _spread(asked)
+        return Scaling(*(each.astype(np.float32) for each in (input_mean, input_scale, mean, scale)))
 
     def judge(self, split: Split, answers: list[Array]) -> dict[str, float]:
         """Score final answers against a split's targets.
 
-        answers  one per sequence: class probabilities [classes], or values [length, outputs] in raw units
-        Returns accuracy, or mae and rmse over every step, in the output's unit.
+        answers  one per sequence: class probabilities [classes] or values [outputs] in raw units; or a row of them for
+                 every step, [length, ...]
+        Returns accuracy, with class weights also its mean over classes; or mae and rmse, in the output's unit.
         """
+        given, asked = (
+            np.stack(each) if self.one_answer else np.concatenate(each) for each in (answers, split.targets)
+        )
         if self.is_classification:
-            hits = [int(a.argmax()) == int(t) for a, t in zip(answers, split.targets, strict=True)]
-            return {"accuracy": float(np.mean(hits))}
-        errors = np.concatenate([a - t for a, t in zip(answers, split.targets, strict=True)]).astype(np.float64)
+            is_hit = given.argmax(axis=-1) == asked
+            scores = {"accuracy": float(is_hit.mean())}
+            if self.class_weights:
+                scores["balanced_accuracy"] = float(np.mean([is_hit[asked == c].mean() for c in np.unique(asked)]))
+            return scores
+        errors = (given - asked).astype(np.float64)
         return {"mae": float(np.abs(errors).mean()), "rmse": float(np.sqrt((errors**2).mean()))}
 
     def baseline(self, split: Split) -> tuple[str, dict[str, float]]:
         """Score what needs no recurrent net: its description, and the metrics of `judge`."""
-        if not self.is_classification:
+        if self.changes_of:
             return "persistence: no change", self.judge(split, [x[:, list(self.changes_of)] for x in split.inputs])
+        if self.is_classification and self.one_answer and self.num_features:
+            return "nearest class by the mean step", self.judge(split, self._by_mean_step(split))
+        asked = np.stack(self.train.targets) if self.one_answer else np.concatenate(self.train.targets)
+        if self.is_classification:
+            name, answer = "the most frequent class", np.bincount(asked, minlength=self.num_outputs)
+        else:
+            name, answer = "the mean of training", asked.mean(axis=0)
+        return name, self.judge(split, [answer if self.one_answer else np.tile(answer, (n, 1)) for n in split.lengths])
+
+    def _by_mean_step(self, split: Split) -> list[Array]:
+        """Answer by the class whose training sequences are nearest in their mean step."""
         means = np.stack([x.mean(axis=0) for x in self.train.inputs])
         classes = np.array([int(t) for t in self.train.targets])
-        centroids = np.stack([means[classes == c].mean(axis=0) for c in range(len(self.labels))])
+        of_class = [means[classes == c] for c in range(len(self.labels))]
+        # A class that no sequence trains is never the nearest.
+        centroids = np.stack([each.mean(axis=0) if len(each) else np.full(means.shape[1], np.inf) for each in of_class])
         spread = np.maximum((means - centroids[classes]).std(axis=0), 1e-6)
-        answers = [-np.abs((x.mean(axis=0) - centroids) / spread).sum(axis=1) for x in split.inputs]
-        return "nearest class by the mean step", self.judge(split, answers)
+        return [-np.abs((x.mean(axis=0) - centroids) / spread).sum(axis=1) for x in split.inputs]
+
+    def outline(self) -> dict[str, Any]:
+        """All but the data and the recipe, in plain values: what exporting a net needs to know."""
+        tensors = {
+            name: spec.model_dump(mode="json")
+            for name, spec in (("input", self.input), ("output", self.output))
+            if spec
+        }
+        plain = ("name", "summary", "topology", "kind", "data_set", "license", "looks_ahead")
+        lists = ("labels", "class_weights", "changes_of")
+        categorical = [
+            {"spec": each.spec.model_dump(mode="json"), "encoding": each.encoding, "width": each.width}
+            for each in self.categorical
+        ]
+        return (
+            {name: getattr(self, name) for name in plain}
+            | {name: list(getattr(self, name)) for name in lists}
+            | {"categorical": categorical, "source": dict(self.source)}
+            | tensors
+        )
+
+    @classmethod
+    def of_outline(cls, outline: Mapping[str, Any]) -> Self:
+        """The reverse of `outline`: the task without its data."""
+        nothing = Split((), ())
+        categorical = [each | {"spec": TensorSpec.model_validate(each["spec"])} for each in outline["categorical"]]
+        return cls(
+            **{
+                **outline,
+                **{name: tuple(outline[name]) for name in ("labels", "class_weights", "changes_of")},
+                "input": TensorSpec.model_validate(outline["input"]) if "input" in outline else None,
+                "output": TensorSpec.model_validate(outline["output"]),
+                "categorical": tuple(Categorical(**each) for each in categorical),
+                "train": nothing,
+                "validation": nothing,
+                "test": nothing,
+                "recipe": Recipe(),
+            }
+        )
+
+
+def _spread(values: Array) -> Array:
+    """Standard deviation of columns [n, width]; 1 for a constant one, so that what it may be later is not blown up."""
+    is_constant = (values == values[0]).all(axis=0)
+    return np.where(is_constant, 1.0, np.maximum(values.std(axis=0), np.finfo(np.float32).tiny))
 
 
 def per_step(name: str, names: tuple[str, ...], *, unit: str, description: str) -> TensorSpec:

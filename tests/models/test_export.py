@@ -237,7 +237,7 @@ def test_what_is_no_run_is_said(tmp_path):
 
 
 def test_run_that_was_killed_exports_its_best_epoch(vowels_run, tmp_path):
-    for name in ("best.pt", "config.json"):
+    for name in ("best.pt", "run.toml"):
         (tmp_path / name).write_bytes((vowels_run.path / name).read_bytes())
     spec = export_run(Run(tmp_path), tmp_path / "repository").spec
     assert set(spec.training.metrics) == {"validation_loss", "validation_accuracy"}

@@ -22,6 +22,7 @@ import torch
 import models.train
 from models import tasks
 from models.errors import RecipeError, RunError
+from models.recipe import Recipe
 from models.runs import Run
 from models.train import load_net, train
 from tests.models.conftest import make_task
@@ -69,14 +70,14 @@ def test_run_directory(sines, tmp_path):
     outcome = run_training(sines, out)
     assert outcome.is_finished
     assert sorted(entry.name for entry in out.iterdir()) == [
-        *("best.pt", "config.json", "curves.csv", "curves.png", "last.pt", "metrics.json")
+        *("best.pt", "curves.csv", "curves.png", "last.pt", "metrics.json", "run.toml")
     ]
     metrics = _metrics(out)
     assert metrics == outcome.metrics
     assert (metrics["status"], metrics["task"], metrics["epochs"]) == ("finished", "sines", 4)
     assert metrics["sequences"] == {"train": 24, "validation": 9, "test": 9}
     assert metrics["num_parameters"] == 3 * 5 * (2 + 5 + 2) + 3 * 6
-    assert metrics["recipe"] == json.loads((out / "config.json").read_text())["recipe"] == sines.recipe.to_dict()
+    assert metrics["recipe"] == outcome.run.config().recipe == sines.recipe.to_dict()
     assert metrics["versions"]["torch"] == torch.__version__
     assert metrics["test"].keys() == {"loss", "accuracy"}
     rows = _curves(out)
@@ -253,7 +254,7 @@ def test_disk_that_is_full_is_said(sines, tmp_path, monkeypatch):
 
 
 def test_resume_refuses_what_it_cannot_continue(sines, tmp_path):
-    with pytest.raises(RunError, match=r"is not a run: it has no config\.json"):
+    with pytest.raises(RunError, match=r"is not a run: it has no run\.toml"):
         run_training(sines, tmp_path / "none", resume=True)
     run_training(sines, tmp_path / "a")
     with pytest.raises(RunError, match="was made with another recipe"):
@@ -351,7 +352,9 @@ def test_record_is_of_the_recipe_that_ships(name):
     path = ROOT / "models" / "tasks" / "records" / f"{name}.json"
     record = json.loads(path.read_text())
     assert record["command"] == f"python -m models.record {name} --seeds 3"
-    assert record["recipe"] == tasks.load(name).recipe.to_dict() | {"seed": None}
+    assert record["recipe"].pop("seed") is None
+    # A setting that the record does not know yet is the one it always was.
+    assert Recipe.of(record["recipe"]) == tasks.load(name).recipe
     assert [run["seed"] for run in record["runs"]] == [0, 1, 2]
     metric = "accuracy" if name == "vowels" else "mae"
     values = sorted(run["test"][metric] for run in record["runs"])

@@ -1,0 +1,405 @@
+"""Data files of one's own: what comes out of them, and what is said of those that are wrong."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from models import tasks
+from models.errors import DataError, RecipeError
+from models.tasks.own import load
+from models.tasks.settings import DataSettings
+from tests.models import longform
+from tests.models.longform import assert_same_splits, own_task, shop_settings, shops
+
+NAMED = {"sequence_column": "id", "time_column": "t", "target": "y"}
+ROWS = [f"{number},{time},{number + time},{number % 2}" for number in range(10) for time in range(3)]
+"""Ten sequences of three steps: id, t, a, y."""
+
+
+def from_text(folder, text, name="data.csv", **settings):
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load(DataSettings.of({"file": folder / name, **NAMED, **settings}))
+
+
+def from_rows(folder, rows=ROWS, header="id,t,a,y", **settings):
+    return from_text(folder, "\n".join([header, *rows]) + "\n", **settings)
+
+
+def changed(row, line):
+    """The rows with another line in one place, counted from 1."""
+    return [*ROWS[: row - 1], line, *ROWS[row:]]
+
+
+# The same as the tasks that ship
+
+
+@pytest.mark.parametrize("suffix", longform.FORMATS)
+def test_vowels_in_long_format_are_the_task_that_ships(tmp_path, suffix):
+    columns, settings = longform.vowels()
+    own, ships = own_task(tmp_path, columns, settings, suffix), tasks.load("vowels")
+    assert_same_splits(own, ships)
+    assert (own.labels, own.kind, own.topology) == (ships.labels, ships.kind, ships.topology)
+    assert own.input.element_names == ships.input.element_names
+    for one, other in zip(dataclasses.astuple(own.scaling()), dataclasses.astuple(ships.scaling()), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert own.baseline(own.test) == ships.baseline(ships.test)
+
+
+@pytest.mark.parametrize("suffix", longform.FORMATS)
+def test_waterflow_in_long_format_is_the_task_that_ships(tmp_path, suffix):
+    columns, settings = longform.waterflow()
+    own, ships = own_task(tmp_path, columns, settings, suffix), tasks.load("waterflow")
+    assert_same_splits(own, ships)
+    assert (own.kind, own.topology, own.changes_of) == (ships.kind, ships.topology, (0,))
+    assert own.looks_ahead == "what it is asked for is among the next steps' inputs"
+    assert own.baseline(own.test) == ships.baseline(ships.test)
+
+
+def test_order_of_the_rows_is_of_no_account(tmp_path):
+    order = np.random.default_rng(0).permutation(9961)
+    columns, settings = longform.vowels(order)
+    assert_same_splits(own_task(tmp_path, columns, settings), tasks.load("vowels"))
+
+
+def test_forms_of_text_files(tmp_path):
+    expected = from_rows(tmp_path)
+    semicolons = "\ufeff" + "\r\n".join(["id;t;a;y", *(row.replace(",", ";") for row in ROWS)])
+    assert_same_splits(from_text(tmp_path, semicolons), expected)
+    tabs = "\n\n".join(["id\tt\ta\ty", *(row.replace(",", "\t") for row in ROWS)])
+    assert_same_splits(from_text(tmp_path, tabs, name="data.tsv"), expected)
+
+
+def test_columns_of_every_type(tmp_path):
+    """Dictionaries, dates, booleans, decimals and small integers, as Parquet has them."""
+    shops_of = shops()
+    table = pyarrow.table(
+        {
+            "shop": pyarrow.array([f"shop {each:02}" for each in shops_of["shop"]]).dictionary_encode(),
+            "day": pyarrow.array(shops_of["day"].astype("datetime64[D]")),
+            "temperature": pyarrow.array(shops_of["temperature"]).cast(pyarrow.decimal128(8, 2)),
+            "weather": pyarrow.array(shops_of["weather"]).cast(pyarrow.large_string()),
+            "promotion": pyarrow.array(shops_of["promotion"] == 1),
+            "sold": shops_of["sold"].astype(np.float32),
+            "notes": pyarrow.array([["a list"]] * len(shops_of["shop"])),
+        }
+    )
+    parquet.write_table(table, tmp_path / "typed.parquet")
+    settings = shop_settings("sold") | {"categorical": []}
+    typed = load(DataSettings.of({"file": tmp_path / "typed.parquet", **settings}))
+    assert typed.input.element_names == ("temperature", "promotion")
+    assert_same_splits(typed, own_task(tmp_path, shops_of, settings))
+    with pytest.raises(DataError, match=r"typed.parquet: column 'notes': holds list<.*>; numbers, text,"):
+        load(DataSettings.of({"file": tmp_path / "typed.parquet", **settings, "features": ["notes"]}))
+
+
+def test_arrays_of_several_columns_are_counted(tmp_path):
+    path = tmp_path / "wide.npz"
+    number = np.repeat(np.arange(10), 3)
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    np.savez(path, id=number, t=np.tile(np.arange(3), 10), x=x, y=number % 2)
+    assert load(DataSettings.of({"file": path, **NAMED})).input.element_names == ("x_0", "x_1")
+
+
+# What is said
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "settings", "said"),
+    [
+        (11, "3,1,abc,1", {}, "column 'a', row 11: 'abc' is not a number; mend the cell, name the column in --cat"),
+        (11, "3,1,,1", {}, "column 'a', row 11: the cell is empty or NaN; mend the cell, or say what it becomes with"),
+        (11, "3,1,nan,1", {}, "column 'a', row 11: the cell is empty or NaN"),
+        (11, "3,1,inf,1", {}, "column 'a', row 11: inf is too large"),
+        (11, "3,1,1e39,1", {}, "column 'a', row 11: 1e+39 is too large"),
+        (11, "3,1,4,", {}, "column 'y', row 11: the cell is empty or NaN; a target cannot be missing: leave such rows"),
+        (11, ",1,4,1", {}, "column 'id', row 11: the cell is empty or NaN; every row needs its sequence"),
+        (11, "3,,4,1", {}, "column 't', row 11: the cell is empty or NaN; every row needs its time"),
+        (11, "3,0,4,1", {}, "column 't', row 11: sequence '3' has this time already in row 10; a sequence has one"),
+        (11, "3,soon,4,1", {}, "column 't', row 11: 'soon' is not a number"),
+        (11, "3,1,4", {}, "row 11: 3 cells, but the header names 4 columns"),
+        (11, "3,1,4,1,5", {}, "row 11: 5 cells, but the header names 4 columns"),
+        (11, "3,1,4,0", {"target_per": "sequence"}, "column 'y', row 11: differs from row 10 of the same sequence"),
+        (11, "3,1,4,good", {"kind": "regression"}, "column 'y', row 11: 'good' is not a number; mend the cell, or"),
+        (11, "3,1,4,7", {"split": "time"}, "row 11: class '7' is in validation, but nowhere in train"),
+    ],
+)
+def test_wrong_cell_is_named(tmp_path, row, line, settings, said):
+    with pytest.raises(DataError, match=re.escape(f"data.csv: {said}")):
+        from_rows(tmp_path, changed(row, line), **settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "said"),
+    [
+        ("", {}, "data.csv: the file is empty"),
+        ("id,t,a,y\n", {}, "data.csv: it has no rows"),
+        ("id,t,a,a\n1,2,3,4\n", {}, "data.csv: two columns are called 'a'; rename one"),
+        (b"id,t,a,y\n0,1,\xff,1\n", {}, "data.csv: column 'a': holds bytes that are not UTF-8"),
+        ("id,t,a,z\n0,0,1,2\n", {}, "data.csv: no column 'y'; there are id, t, a, z"),
+        ("id,t,a,y\n0,0,1,2\n", {"features": ["b"]}, "data.csv: no column 'b'; there are id, t, a, y"),
+        ("id,t,y\n0,0,1\n1,0,2\n", {}, "data.csv: there is no column left to be a feature"),
+        ("id,t,a,y\n0,0,2024-05-31,1\n1,0,2024-06-01,2\n2,0,2024-06-01,2\n", {}, "column 'a': holds times, not"),
+        ("id,t,a,y\n" + "0,0,1,b\n1,0,1,b\n2,0,1,b\n", {}, "column 'y': only one class, 'b', so there is nothing"),
+        ("id,t,a,y\n" + "0,0,1,b\n1,0,1,c\n", {}, "data.csv: 2 sequences are too few to train, validate and test on"),
+        ("id,t,a,y\n" + "0,0,1,1.5\n1,0,1,1.5\n2,0,1,1.5\n", {}, "the target is [1.5] in every training row"),
+        ("id,t,a,y\n0,0,1,1.5\n0,1,1,2.5\n0,2,1,4.5\n", {"split": "time", "horizon": 1}, "no sequence longer than the"),
+        ("id,t,a,y\n0,0,1,1.5\n0,1,1,2.5\n", {"split": "time"}, "column 't': 2 different times are too few to train"),
+    ],
+)
+def test_wrong_file_is_one_clear_line(tmp_path, text, settings, said):
+    with pytest.raises(DataError, match=re.escape(said)) as caught:
+        from_text(tmp_path, text, **settings)
+    assert str(caught.value).startswith("data.csv: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_not_what_its_name_says(tmp_path):
+    for name, said in (
+        ("data.txt", "expected a file that ends in .csv, "),
+        ("data.parquet", "not a Parquet file that can be read"),
+        ("data.npz", "not an .npz file that can be read"),
+    ):
+        with pytest.raises(DataError, match=f"{name}: {said}"):
+            from_text(tmp_path, "id,t,a,y\n", name=name)
+    with pytest.raises(DataError, match=r"none\.csv: cannot be read: No such file"):
+        load(DataSettings.of({"file": tmp_path / "none.csv", **NAMED}))
+    np.savez(tmp_path / "short.npz", id=np.arange(3), t=np.arange(3), y=np.arange(2))
+    with pytest.raises(
+        DataError, match=r"short\.npz: every array needs as many rows.*'id' has 3, 't' has 3, 'y' has 2"
+    ):
+        load(DataSettings.of({"file": tmp_path / "short.npz", **NAMED}))
+
+
+def test_sequence_in_two_splits_is_named(tmp_path):
+    rows = [
+        f"{row},{split}" for row, split in zip(ROWS, ["train"] * 10 + ["test"] * 10 + ["validation"] * 10, strict=True)
+    ]
+    with pytest.raises(DataError, match=r"column 'part', row 11: sequence '3' is in test here, and in train in row 10"):
+        from_rows(tmp_path, rows, "id,t,a,y,part", split_column="part")
+    rows[4] = rows[4].replace("train", "dev")
+    with pytest.raises(DataError, match=r"column 'part', row 5: 'dev' is no split: train, validation, test"):
+        from_rows(tmp_path, rows, "id,t,a,y,part", split_column="part")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target": []}, "target: Tuple should have at least 1 item"),
+        ({"sequence_column": None}, "a split by sequence needs a sequence_column"),
+        ({"split": "time", "time_column": None}, "split time needs a time_column"),
+        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "validation_fraction and test_fraction leave nothing"),
+        ({"stride": 3}, "stride needs a window"),
+        ({"features": ["a", "y"]}, "'y' is the target, so it cannot be a feature, unless there is a horizon"),
+        ({"features": ["a", "id"]}, "'id' is the sequence_column, so it can be neither a target nor a feature"),
+        ({"features": ["a", "a"]}, "features names 'a' twice"),
+        ({"features": ["a"], "categorical": ["b"]}, "categorical names 'b', which is not one of the features"),
+        ({"horizon": 1, "changes_of": ["y", "a"]}, "changes_of names 2 features for 1 targets"),
+        ({"horizon": 1, "target_per": "sequence"}, "a horizon asks at every step, so target_per cannot be sequence"),
+        ({"window": 2, "target_per": "sequence"}, "a window cuts sequences, which have one target each"),
+        ({"changes_of": ["a"]}, "changes_of is for targets that are numbers, and these are classes"),
+        ({"changes_of": ["a"], "kind": "regression"}, "changes_of is for a target per step, and this is one per"),
+        ({"changes_of": ["t"], "kind": "regression"}, "changes_of names 't', which is not a feature of numbers: a"),
+        ({"class_weights": {"2": 5.0}}, "class_weights names '2', which is no class: 0, 1"),
+        ({"class_weights": "balanced", "kind": "regression"}, "class_weights are for a classification"),
+        ({"target": ["y", "t"], "kind": "classification"}, "a classification has one target, not 2: y, t"),
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path, settings, said):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        from_rows(tmp_path, **settings)
+
+
+# What is found out
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "topology", "labels"),
+    [
+        ("sold", "regression", "many-to-many", ()),
+        ("area", "regression", "many-to-one", ()),
+        ("is_good", "classification", "many-to-many", ("bad", "good")),
+        ("size", "classification", "many-to-one", ("large", "small")),
+        ("promotion", "classification", "many-to-many", ("0", "1")),
+        ("day", "classification", "many-to-many", tuple(map(str, range(8)))),
+        ("shop", "regression", "many-to-one", ()),  # more than 20 whole numbers
+    ],
+)
+def test_kind_and_shape_are_found_out(tmp_path, target, kind, topology, labels):
+    columns = shops()
+    columns["of"] = columns["shop"]
+    settings = {"sequence_column": "of", "time_column": "day", "target": target, "features": ["temperature"]}
+    task = own_task(tmp_path, columns, settings)
+    assert (task.kind, task.topology, task.labels) == (kind, topology, labels)
+    forced = (
+        own_task(tmp_path, columns, settings | {"kind": "regression", "target_per": "step"}) if not labels else None
+    )
+    assert forced is None or forced.topology == "many-to-many"
+
+
+def test_classes_of_numbers_are_in_the_order_of_their_values(tmp_path):
+    rows = [row[:-1] + str(int(row[0]) % 3 * 5) for row in ROWS]
+    assert from_rows(tmp_path, rows).labels == ("0", "5", "10")
+    halves = [row[:-1] + str(int(row[0]) % 3 * 5 + 0.5) for row in ROWS]
+    assert from_rows(tmp_path, halves, kind="classification").labels == ("0.5", "5.5", "10.5")
+
+
+def test_categories_are_those_of_training_and_others_are_zero(tmp_path):
+    columns = shops()
+    columns["weather"] = np.where(columns["shop"] == 23, "hail", columns["weather"])
+    columns["split"] = np.select([columns["shop"] < 15, columns["shop"] < 20], ["train", "validation"], "test")
+    task = own_task(tmp_path, columns, shop_settings("sold", split_column="split"))
+    [weather, promotion] = task.categorical
+    assert (weather.spec.name, weather.spec.categories, weather.spec.num_ids) == (
+        "weather",
+        ("", "rain", "snow", "sun"),
+        4,
+    )
+    assert (promotion.spec.categories, promotion.width) == (("", "0", "1"), 1)
+    assert task.input.element_names == ("temperature",)
+    assert task.test.ids[-1][:, 0].tolist() == [0] * len(task.test.ids[-1])
+    in_order = [name for shop in range(15) for name in columns["weather"][columns["shop"] == shop]]
+    assert [weather.spec.categories[number] for number in np.concatenate(task.train.ids)[:, 0]] == in_order
+    one_hot = own_task(tmp_path, columns, shop_settings("sold", encoding="one-hot"))
+    assert [each.width for each in one_hot.categorical] == [3, 2]
+    assert one_hot.width == 6
+
+
+def test_columns_named_as_the_graphs_own_inputs_get_other_names(tmp_path):
+    columns = shops() | {"x": shops()["weather"]}
+    task = own_task(tmp_path, columns, shop_settings("sold") | {"features": ["temperature", "x"], "categorical": []})
+    assert [spec.name for spec in task.inputs] == ["x", "id_x"]
+
+
+# Splits
+
+
+def test_split_by_sequence_has_the_shares_of_every_class(tmp_path):
+    def starts(split):
+        return {float(x[0, 0]) for x in split.inputs}
+
+    rows = [f"{n},{t},{n * 10 + t},{'rare' if n % 10 == 0 else 'usual'}" for n in range(100) for t in range(2)]
+    task = from_rows(tmp_path, rows, validation_fraction=0.2, test_fraction=0.3)
+    assert [len(split) for split in (task.train, task.validation, task.test)] == [50, 20, 30]
+    counts = [sum(int(y) == 0 for y in split.targets) for split in (task.train, task.validation, task.test)]
+    assert sum(counts) == 10
+    assert counts[1] in (1, 2, 3)
+    assert counts[2] in (2, 3, 4)
+    found = [starts(split) for split in (task.train, task.validation, task.test)]
+    assert len(set.union(*found)) == 100
+    again = from_rows(tmp_path, rows, validation_fraction=0.2, test_fraction=0.3)
+    assert_same_splits(task, again)
+    other = from_rows(tmp_path, rows, validation_fraction=0.2, test_fraction=0.3, split_seed=1)
+    assert starts(other.test) != starts(task.test)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=3, max_size=12),
+    held_out=st.tuples(st.floats(0.05, 0.45), st.floats(0.05, 0.45)),
+    per=st.sampled_from(["step", "sequence"]),
+)
+def test_split_by_time_never_trains_on_what_is_later(tmp_path_factory, lengths, held_out, per):
+    rows, clock = [], 0
+    for number, length in enumerate(lengths):
+        # Sequences overlap in time: each begins before the last one ends.
+        times = [clock + 2 * step + number % 2 for step in range(length)]
+        rows += [f"{number},{time},1,{number + 0.5}" for time in times]
+        clock += length
+    folder = tmp_path_factory.mktemp("split")
+    header = "id,t,a,y"
+    shares = dict(zip(("validation_fraction", "test_fraction"), held_out, strict=True))
+    (folder / "data.csv").write_text("\n".join([header, *rows]))
+    settings = DataSettings.of(
+        {"file": folder / "data.csv", **NAMED, "features": ["t"], "split": "time", "target_per": per, **shares}
+    )
+    try:
+        task = load(settings)
+    except DataError:
+        reject()  # one sequence trains alone, or all end at once
+    parts = [task.train, task.validation, task.test]
+    moments = [
+        np.array([x[-1, 0] for x in split.inputs]) if per == "sequence" else np.concatenate(split.inputs)[:, 0]
+        for split in parts
+    ]
+    assert moments[0].max() < moments[1].min()
+    assert moments[1].max() < moments[2].min()
+    assert sum(int(split.lengths.sum()) for split in parts) == sum(lengths)
+
+
+def test_nothing_that_is_fitted_sees_another_split(tmp_path):
+    columns = shops()
+    columns["split"] = np.select([columns["shop"] < 15, columns["shop"] < 20], ["train", "validation"], "test")
+    columns["temperature"][3] = np.nan
+    settings = shop_settings("is_good", split_column="split", missing="mean", class_weights="balanced")
+    fitted = own_task(tmp_path, columns, settings)
+    elsewhere = columns["shop"] >= 15
+    columns["temperature"] = np.where(elsewhere, columns["temperature"] + 1000, columns["temperature"])
+    columns["weather"] = np.where(elsewhere, "hail", columns["weather"])
+    columns["is_good"] = np.where(elsewhere, "good", columns["is_good"])
+    other = own_task(tmp_path, columns, settings)
+    for one, two in zip(dataclasses.astuple(fitted.scaling()), dataclasses.astuple(other.scaling()), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert [each.spec for each in fitted.categorical] == [each.spec for each in other.categorical]
+    assert fitted.class_weights == other.class_weights
+    np.testing.assert_array_equal(fitted.train.inputs[0], other.train.inputs[0])
+
+
+def test_windows_cover_every_training_step(tmp_path):
+    rows = [f"0,{t},{t},{t + 0.5}" for t in range(100)]
+    task = from_rows(tmp_path, rows, split="time", window=10, stride=7)
+    starts = [int(x[0, 0]) for x in task.train.inputs]
+    assert starts == [0, 7, 14, 21, 28, 35, 42, 49, 56, 60]
+    assert set(task.train.lengths.tolist()) == {10}
+    assert (task.validation.lengths.tolist(), task.test.lengths.tolist()) == ([15], [15])
+
+
+# What is missing
+
+
+def test_missing_numbers(tmp_path):
+    rows = changed(11, "3,1,,1")
+    rows[0] = "0,0,,0"
+    header = "id,t,a,y,part"
+    rows = [f"{row},{'train' if n < 18 else 'validation' if n < 24 else 'test'}" for n, row in enumerate(rows)]
+    by_mean = from_rows(tmp_path, rows, header, split_column="part", missing="mean").train.inputs
+    mean = np.float32(np.mean([1, 2, 1, 2, 3, 2, 3, 4, 3, 5, 4, 5, 6, 5, 6, 7]))
+    assert by_mean[0][:, 0].tolist() == [mean, 1, 2]
+    assert by_mean[3][:, 0].tolist() == [3, mean, 5]
+    forward = from_rows(tmp_path, rows, header, split_column="part", missing="forward").train.inputs
+    assert forward[0][:, 0].tolist() == [mean, 1, 2]  # nothing to carry on yet
+    assert forward[3][:, 0].tolist() == [3, 3, 5]
+    with pytest.raises(DataError, match=r"column 'a': no training row has a value; leave the column out"):
+        from_rows(tmp_path, [f"{n},0,,{n % 2}" for n in range(10)], missing="mean")
+
+
+def test_missing_categories(tmp_path):
+    rows = [f"{n},{t},{'ab'[(n + t) % 2]},{n % 2}" for n in range(10) for t in range(3)]
+    with pytest.raises(DataError, match=r"column 'a', row 5: the cell is empty or NaN; mend the cell, or say what"):
+        from_rows(tmp_path, [*rows[:4], "1,1,,1", *rows[5:]])
+    for missing, expected in (("mean", [2, 0, 2]), ("forward", [2, 2, 2])):
+        task = from_rows(tmp_path, [*rows[:4], "1,1,,1", *rows[5:]], missing=missing)
+        ids = {tuple(each[:, 0].tolist()) for split in (task.train, task.validation, task.test) for each in split.ids}
+        assert tuple(expected) in ids
+        assert task.input is None
+
+
+# Weights of classes
+
+
+def test_class_weights(tmp_path):
+    rows = [f"{n},{t},{n},{'abc'[0 if n % 10 else 1 + n // 10 % 2]}" for n in range(60) for t in range(2)]
+    part = ["train" if n < 40 else "validation" if n < 50 else "test" for n in range(60) for _ in range(2)]
+    rows = [f"{row},{each}" for row, each in zip(rows, part, strict=True)]
+
+    def weights(**settings):
+        return from_rows(tmp_path, rows, "id,t,a,y,part", split_column="part", **settings).class_weights
+
+    assert weights() == ()
+    assert weights(class_weights="balanced") == pytest.approx((40 / 36 / 3, 40 / 2 / 3, 40 / 2 / 3))
+    assert weights(class_weights={"c": 7.0}) == (1.0, 1.0, 7.0)
