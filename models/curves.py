@@ -10,7 +10,12 @@ from matplotlib.figure import Figure
 
 from models.runs import Row
 
-SHOWN = {"accuracy": "accuracy of the final answer", "mae": "mean absolute error", "rmse": "root mean square error"}
+SHOWN = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "accuracy, mean over classes",
+    "mae": "mean absolute error",
+    "rmse": "root mean square error",
+}
 
 
 def draw(rows: Sequence[Row], *, title: str, best_epoch: int, baseline: tuple[str, dict[str, float]]) -> bytes:

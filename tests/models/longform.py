@@ -89,7 +89,8 @@ def shops(num_shops=24, seed=0):
         "temperature": temperature,
         "weather": weather,
         "promotion": promotion,
-        "sold": (effect + 0.1 * temperature + 5.0 * size + rng.normal(0, 0.1, len(shop))).round(3),
+        "sold": (effect + 0.1 * temperature + rng.normal(0, 0.1, len(shop))).round(3),
+        "visits": (20.0 * size + rng.normal(30, 10, len(shop))).round(1),
         "is_good": np.where(effect > 1, "good", "bad"),
         "size": np.where(size == 1, "large", "small"),
         "area": 100.5 + 50.0 * size,
@@ -98,7 +99,7 @@ def shops(num_shops=24, seed=0):
 
 def shop_settings(target, **more):
     """Settings for `shops` with one of its targets."""
-    features = ["temperature", "weather", "promotion"] + ["sold"] * (target in {"size", "area"})
+    features = ["temperature", "weather", "promotion"] + ["visits"] * (target in {"size", "area"})
     named = {"sequence_column": "shop", "time_column": "day", "target": target, "features": features}
     return {**named, "categorical": ["promotion"], **more}
 
