@@ -86,5 +86,5 @@ def _shape(tensor: TensorInfo) -> str:
 
 
 def _words(tensor: TensorInfo) -> str:
-    words = [tensor.unit, tensor.description, ", ".join(tensor.element_names)]
+    words = [tensor.unit, tensor.description, ", ".join(tensor.element_names), ", ".join(tensor.categories[1:])]
     return "".join(f"; {word}" for word in words if word)

@@ -5,6 +5,7 @@ Both shells, sync and async, send what is made here and read what comes with it,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -70,13 +71,16 @@ def priority_enum(priority: Priority) -> pb.Priority:
 def cast(value: npt.ArrayLike, info: TensorInfo | StateInfo, where: str) -> Array:
     """Make an array of the dtype that the model declares, which the server takes and no other.
 
-    float64 becomes float32 and any integer a float; integers keep their value; a float never becomes an integer.
-    Raises InvalidArgument, naming `where`.
+    float64 becomes float32 and any integer a float; integers keep their value; a float never becomes an integer. Names
+    of categories become their ids, and any other text 0. Raises InvalidArgument, naming `where`.
     """
     try:
         array = np.asarray(value)
     except ValueError as error:
         raise InvalidArgument(f"{where}: expected an array of {info.dtype}: {error}") from error
+    if isinstance(info, TensorInfo) and info.categories and array.dtype.kind in "UO":
+        ids = _ids(info.categories)
+        array = np.array([ids.get(str(name), 0) for name in array.flat], dtype=np.int64).reshape(array.shape)
     want = tensors.DTYPES.get(info.dtype)
     if want is None:
         raise InvalidArgument(f"{where}: this client does not know the dtype that the model takes")
@@ -92,6 +96,11 @@ def cast(value: npt.ArrayLike, info: TensorInfo | StateInfo, where: str) -> Arra
     if array.dtype.kind in "iu" and want.kind in "iu" and not np.array_equal(converted, array):
         raise InvalidArgument(f"{where}: a value of {array.dtype} does not fit into {info.dtype}")
     return converted
+
+
+@functools.cache
+def _ids(categories: tuple[str, ...]) -> Mapping[str, int]:
+    return {name: number for number, name in enumerate(categories)}
 
 
 def rows_of(value: npt.ArrayLike, info: TensorInfo | StateInfo, where: str, axis: str) -> Array:

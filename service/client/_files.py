@@ -114,7 +114,7 @@ def _sole_input(info: ModelInfo) -> TensorInfo:
 def _parse(name: str, lines: Iterable[str], info: ModelInfo) -> Iterator[Step]:
     """Read lines of JSON or CSV, told apart by the first."""
     is_json: bool | None = None
-    table: _Table | None = None
+    table: _Table | _Columns | None = None
     for number, line in enumerate(lines, 1):
         text = line.strip().removeprefix("\ufeff")
         if not text:
@@ -124,7 +124,7 @@ def _parse(name: str, lines: Iterable[str], info: ModelInfo) -> Iterator[Step]:
         if is_json:
             yield _json_step(f"{name}, line {number}", text, info)
         elif table is None:
-            table = _Table(_sole_input(info), text)
+            table = _Columns(info, text) if _has_columns(info) else _Table(_sole_input(info), text)
             yield from table.first(f"{name}, line {number}", text)
         else:
             yield from table.steps(f"{name}, line {number}", text)
@@ -136,12 +136,12 @@ class _Table:
     def __init__(self, spec: TensorInfo, first: str) -> None:
         self._spec = spec
         self._convert = int if spec.dtype.startswith("int") else float
-        self._delimiter = next((d for d in ",;\t" if d in first), None)
+        self._delimiter = _delimiter(first)
         self._columns: list[int] | None = None
 
     def first(self, where: str, line: str) -> list[Array]:
         """Read the first row: names, or a step."""
-        cells = self._cells(line)
+        cells = _cells(line, self._delimiter)
         if any(_is_number(cell) for cell in cells):
             return self.steps(where, line)
         names = self._spec.element_names
@@ -151,7 +151,7 @@ class _Table:
 
     def steps(self, where: str, line: str) -> list[Array]:
         """Read a row: one step, or as many as it has token ids. Raises InputError."""
-        cells = self._cells(line)
+        cells = _cells(line, self._delimiter)
         columns = range(len(cells)) if self._columns is None else self._columns
         values = []
         for column in columns:
@@ -170,10 +170,58 @@ class _Table:
             raise InputError(f"{where}, column {column}: expected {expected} values, got {len(values)}")
         return [np.asarray(values).reshape(shape)]
 
-    def _cells(self, line: str) -> list[str]:
-        if self._delimiter is None:
-            return line.split()
-        return [cell.strip() for cell in next(csv.reader([line], delimiter=self._delimiter, skipinitialspace=True))]
+
+class _Columns:
+    """CSV for a model of several inputs, or of categories: the first row names the columns, whichever else it has."""
+
+    def __init__(self, info: ModelInfo, first: str) -> None:
+        self._info = info
+        self._delimiter = _delimiter(first)
+        self._places: dict[str, int] = {}
+
+    def first(self, where: str, line: str) -> list[Step]:
+        """Read the row of names. Raises InputError that names those that are missing."""
+        cells = _cells(line, self._delimiter)
+        self._places = {name: cells.index(name) for name in _element_names(self._info) if name in cells}
+        if missing := [name for name in _element_names(self._info) if name not in cells]:
+            raise InputError(f"{where}: the first row names the columns, and {', '.join(missing)} is not among them")
+        return []
+
+    def steps(self, where: str, line: str) -> list[Step]:
+        """Read a row. Raises InputError."""
+        cells = _cells(line, self._delimiter)
+        values: dict[str, Any] = {}
+        for spec in self._info.step_inputs:
+            convert: Any = str if spec.categories else int if spec.dtype.startswith("int") else float
+            for name in spec.element_names or (spec.name,):
+                column = self._places[name]
+                try:
+                    values[name] = convert(cells[column])
+                except (ValueError, IndexError):
+                    got = repr(cells[column]) if column < len(cells) else "nothing"
+                    kind = {str: "a category", int: "an integer", float: "a number"}[convert]
+                    raise InputError(f"{where}, column {column + 1} ({name}): expected {kind}, got {got}") from None
+        return [_assembled(where, values, self._info)]
+
+
+def _has_columns(info: ModelInfo) -> bool:
+    """Whether a model's inputs can be told apart, and need be, by the names of columns."""
+    needs = len(info.step_inputs) > 1 or any(spec.categories for spec in info.step_inputs)
+    return needs and all(spec.element_names or not spec.row_shape for spec in info.step_inputs)
+
+
+def _delimiter(line: str) -> str | None:
+    return next((mark for mark in ",;\t" if mark in line), None)
+
+
+def _cells(line: str, delimiter: str | None) -> list[str]:
+    if delimiter is None:
+        return line.split()
+    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))]
+
+
+def _element_names(info: ModelInfo) -> list[str]:
+    return [name for spec in info.step_inputs for name in spec.element_names or (spec.name,)]
 
 
 def _is_number(cell: str) -> bool:
@@ -190,13 +238,24 @@ def _json_step(where: str, line: str, info: ModelInfo) -> Step:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}, column {error.colno}: not JSON: {error.msg}") from error
+    if isinstance(value, dict) and set(value) != {spec.name for spec in info.step_inputs}:
+        return _assembled(where, value, info)
+    return _checked(where, value, info)
+
+
+def _assembled(where: str, values: dict[str, Any], info: ModelInfo) -> Step:
+    """Put a step together from values by the names of elements, or of inputs without such. Raises InputError."""
+    if missing := [name for name in _element_names(info) if name not in values]:
+        raise InputError(f"{where}, column 1: {', '.join(missing)} is missing")
+    step = {
+        spec.name: [values[name] for name in spec.element_names] if spec.element_names else values[spec.name]
+        for spec in info.step_inputs
+    }
+    return _checked(where, step, info)
+
+
+def _checked(where: str, value: Any, info: ModelInfo) -> Step:
     try:
-        if isinstance(value, dict) and set(value) != {spec.name for spec in info.step_inputs}:
-            spec = _sole_input(info)
-            missing = [name for name in spec.element_names or (spec.name,) if name not in value]
-            if missing:
-                raise InputError(f"{where}, column 1: {', '.join(missing)} is missing")
-            value = [value[name] for name in spec.element_names]
         step = {name: array[0] for name, array in _codec.step_of(info, value).items()}
     except InvalidArgument as error:
         raise InputError(f"{where}, column 1: {error.message}") from error

@@ -58,6 +58,7 @@ def _tensor_infos(specs: Iterable[pb.TensorSpec]) -> tuple[TensorInfo, ...]:
             unit=spec.unit,
             description=spec.description,
             element_names=tuple(spec.element_names),
+            categories=tuple(spec.categories),
         )
         for spec in specs
     )

@@ -32,6 +32,8 @@ class TensorInfo:
     """What the values are."""
     element_names: tuple[str, ...] = ()
     """Names of the elements of a row; empty where they have none."""
+    categories: tuple[str, ...] = ()
+    """Names of categories by id, where the elements are such ids; the first, empty, stands for any other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,4 +237,5 @@ def _tensor_spec(tensor: TensorSpec) -> pb.TensorSpec:
         unit=tensor.unit,
         description=tensor.description,
         element_names=tensor.element_names,
+        categories=tensor.categories,
     )

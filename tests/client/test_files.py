@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from service.client import _codec
 from service.client._files import InputError, read_sequences, read_steps
 from service.client.info import TensorInfo
 from tests.client.toy import SUM
@@ -12,6 +13,13 @@ from tests.client.toy import SUM
 PAIR = replace(SUM, inputs=(TensorInfo("x", "float32", (2,), "per_step", element_names=("left", "right")),))
 TOKENS = replace(SUM, inputs=(TensorInfo("t", "int64", (), "per_step"),))
 TWO = replace(SUM, inputs=(TensorInfo("a", "float32", (1,), "per_step"), TensorInfo("b", "int64", (), "per_step")))
+MIXED = replace(
+    SUM,
+    inputs=(
+        TensorInfo("x", "float32", (2,), "per_step", element_names=("warmth", "price")),
+        TensorInfo("weather", "int64", (), "per_step", categories=("", "rain", "sun")),
+    ),
+)
 STEPS = [[1.0, 2.0], [-3.5, 4e-3]]
 
 
@@ -126,3 +134,45 @@ def test_files_that_are_not_there_or_of_another_shape(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(InputError, match="not a NumPy file that can be read"):
         read_sequences(str(tmp_path / "objects.npy"), PAIR)
+
+
+# Categories
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "warmth,price,weather\n1,2,sun\n3,4,hail\n5,6,rain\n",
+        "day;weather;price;warmth\n1;sun;2;1\n2;;4;3\n3;rain;6;5\n",
+        '{"warmth": 1, "price": 2, "weather": "sun"}\n{"x": [3, 4], "weather": 0}\n{"x": [5, 6], "weather": "rain"}\n',
+    ],
+)
+def test_categories_come_by_name_beside_numbers(tmp_path, content):
+    [(_, sequence)] = read_sequences(text(tmp_path, content), MIXED)
+    assert (sequence["x"].dtype, sequence["weather"].dtype) == (np.float32, np.int64)
+    assert sequence["x"].tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert sequence["weather"].tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1,2,sun\n", "line 1: the first row names the columns, and warmth, price, weather is not among them"),
+        ("warmth,weather\n1,sun\n", "line 1: the first row names the columns, and price is not among them"),
+        ("warmth,price,weather\n1,much,sun\n", r"line 2, column 2 \(price\): expected a number, got 'much'"),
+        ("warmth,price,weather\n1,2\n", r"line 2, column 3 \(weather\): expected a category, got nothing"),
+        ('{"warmth": 1, "weather": "sun"}\n', "line 1, column 1: price is missing"),
+        ('{"x": [1, "sun"], "weather": "sun"}\n', "line 1, column 1: x: expected float32, got <U"),
+    ],
+)
+def test_faults_in_columns_name_their_place(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        read_sequences(text(tmp_path, content), MIXED)
+
+
+def test_one_input_of_categories(tmp_path):
+    info = replace(SUM, inputs=MIXED.inputs[1:])
+    assert [int(step) for step in read_steps(text(tmp_path, "weather\nsun\nrain\n"), info)] == [2, 1]
+    chunk = _codec.chunk_of(info, ["rain", "sun", "fog"])
+    assert (chunk["weather"].tolist(), chunk["weather"].dtype) == ([1, 2, 0], np.int64)
+    assert _codec.chunk_of(info, [2, 0])["weather"].tolist() == [2, 0]

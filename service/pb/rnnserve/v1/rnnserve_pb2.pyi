@@ -154,7 +154,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
-    __slots__ = ("name", "dtype", "row_shape", "layout", "unit", "description", "element_names")
+    __slots__ = ("name", "dtype", "row_shape", "layout", "unit", "description", "element_names", "categories")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ROW_SHAPE_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,7 @@ class TensorSpec(_message.Message):
     UNIT_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     ELEMENT_NAMES_FIELD_NUMBER: _ClassVar[int]
+    CATEGORIES_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: DataType
     row_shape: _containers.RepeatedScalarFieldContainer[int]
@@ -169,7 +170,8 @@ class TensorSpec(_message.Message):
     unit: str
     description: str
     element_names: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., row_shape: _Optional[_Iterable[int]] = ..., layout: _Optional[_Union[Layout, str]] = ..., unit: _Optional[str] = ..., description: _Optional[str] = ..., element_names: _Optional[_Iterable[str]] = ...) -> None: ...
+    categories: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., row_shape: _Optional[_Iterable[int]] = ..., layout: _Optional[_Union[Layout, str]] = ..., unit: _Optional[str] = ..., description: _Optional[str] = ..., element_names: _Optional[_Iterable[str]] = ..., categories: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StateSpec(_message.Message):
     __slots__ = ("name", "dtype", "row_shape")
