@@ -22,7 +22,7 @@ class Board:
                 import torch.utils.tensorboard  # noqa: F401
             except ModuleNotFoundError as error:
                 raise MissingExtra(
-                    "--tensorboard", package="tensorboard", extra="tensorboard", purpose="logging"
+                    "--tensorboard", package="tensorboard", extra="tensorboard", purpose="tensorboard"
                 ) from error
 
     def __enter__(self) -> Self:

@@ -11,6 +11,8 @@ from models.spec import LENGTHS, Layout, Spec, StateSpec, TensorSpec
 
 _WIDTH = 110
 _INDENT = 14
+_MOST_NAMED = 20
+"""Categories that are named."""
 
 
 def as_json(model: ModelFile) -> dict[str, Any]:
@@ -90,6 +92,10 @@ def _tensor(tensor: TensorSpec) -> Iterable[str]:
     yield f"{tensor.name}  [{shape}] {tensor.dtype}{unit}: {tensor.description or tensor.layout.value}"
     if tensor.element_names:
         yield f"   elements: {', '.join(tensor.element_names)}"
+    if tensor.categories:
+        named = [f"{number} = {name}" for number, name in enumerate(tensor.categories)][1:]
+        more = [f"... {len(named)} in all"] * (len(named) > _MOST_NAMED)
+        yield f"   ids: {', '.join(['0 = any other', *named[:_MOST_NAMED], *more])}"
 
 
 def _state(state: StateSpec) -> str:

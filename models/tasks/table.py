@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["number", "whole", "truth", "time", "text", "other"]
+_LOOKS_LIKE_A_NUMBER = re.compile(r"[-+]?[\d.,' ]*\d[\d.,' ]*(e[-+]?\d+)?\s*%?", re.IGNORECASE).fullmatch
+"""Also as some write them: 1,5 or 1 000 or 20%."""
 FORMATS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".npz")
 
 
@@ -117,9 +120,9 @@ class Table:
         return np.where(column.is_missing, "", named)
 
     def holds_numbers_as_text(self, name: str) -> bool:
-        """Whether a column of text has cells that are numbers: one of words, or of numbers with a slip among them?"""
+        """Whether a column of text has cells that look like numbers: then it is one with a slip, not of words."""
         column = self.columns[name]
-        return column.kind == "text" and any(map(_is_number, column.values[~column.is_missing].tolist()))
+        return column.kind == "text" and any(map(_LOOKS_LIKE_A_NUMBER, {*column.values[~column.is_missing].tolist()}))
 
     def _parsed(self, column: Column, parse: Callable[[str], float | int], fault: str) -> Array:
         values: list[float | int] = []

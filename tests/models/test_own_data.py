@@ -350,6 +350,12 @@ def test_nothing_that_is_fitted_sees_another_split(tmp_path):
     np.testing.assert_array_equal(fitted.train.inputs[0], other.train.inputs[0])
 
 
+def test_training_of_one_class_is_refused(tmp_path):
+    rows = [f"0,{t},{t},{'usual' if t < 80 else 'rare'}" for t in range(100)]
+    with pytest.raises(DataError, match=r"data\.csv: training has one class alone, 'usual'; split otherwise"):
+        from_rows(tmp_path, rows, split="time")
+
+
 def test_windows_cover_every_training_step(tmp_path):
     rows = [f"0,{t},{t},{t + 0.5}" for t in range(100)]
     task = from_rows(tmp_path, rows, split="time", window=10, stride=7)
@@ -376,6 +382,16 @@ def test_missing_numbers(tmp_path):
     assert forward[3][:, 0].tolist() == [3, 3, 5]
     with pytest.raises(DataError, match=r"column 'a': no training row has a value; leave the column out"):
         from_rows(tmp_path, [f"{n},0,,{n % 2}" for n in range(10)], missing="mean")
+
+
+def test_numbers_written_otherwise_are_no_categories(tmp_path):
+    for cell in ("1,5", "1 000", "20%", "1.000,5", "-3'000"):
+        rows = [f"{n};{t};{cell};{n % 2}" for n in range(10) for t in range(3)]
+        with pytest.raises(
+            DataError, match=re.escape(f"column 'a', row 1: {cell!r} is not a number; mend the cell, name")
+        ):
+            from_rows(tmp_path, rows, "id;t;a;y")
+        assert from_rows(tmp_path, rows, "id;t;a;y", categorical="a").categorical[0].spec.categories == ("", cell)
 
 
 def test_missing_categories(tmp_path):

@@ -21,6 +21,7 @@ from models.tasks.base import Task
 from models.tasks.own import load
 from models.train import load_net, train
 from service.client import Client, InvalidArgument
+from service.client.cli import main
 from tests.models import longform
 from tests.models.longform import own_task, shop_settings, shops
 from tests.models.test_train import assert_same_run, run_training, stop_after
@@ -348,6 +349,8 @@ def test_train_export_serve_and_stream(tmp_path, features):
     assert invoke(*flags, "--out", tmp_path / "run").exit_code == 0
     done = CliRunner().invoke(cli.export, [str(tmp_path / "run"), "--repository", str(tmp_path / "repository")])
     assert (done.exit_code, done.stderr) == (0, "")
+    described = CliRunner().invoke(cli.describe, [str(tmp_path / "repository" / "shops" / "1" / "model.onnx")]).stdout
+    assert "ids: 0 = any other, 1 = rain, 2 = snow, 3 = sun" in described
     _, _, net, _ = load_net(Run(tmp_path / "run"))
     task = load(RunConfig.read(tmp_path / "run" / "run.toml").data)
     batch = gather(task, task.test, range(3), CPU)
@@ -360,20 +363,28 @@ def test_train_export_serve_and_stream(tmp_path, features):
         return dict(zip(names, arrays, strict=True))
 
     with serving(tmp_path / "repository") as running, Client(running.address) as client:
-        spec = json.loads(client.model("shops").spec_json)["graphs"][0]
-        assert [each["categories"] for each in spec["inputs"]][-2:] == [["", "rain", "snow", "sun"], ["", "0", "1"]]
+        weather, promotion = client.model("shops").inputs[-2:]
+        assert (weather.categories, promotion.categories) == (("", "rain", "snow", "sun"), ("", "0", "1"))
         whole = client.predict("shops", {name: [sequence(n)[name] for n in range(3)] for name in names})
-        with client.stream("shops") as stream:
-            streamed = np.stack(
-                list(
-                    stream.run(
-                        {name: row[step] for name, row in sequence(0).items()} for step in range(batch.lengths[0])
-                    )
-                )
-            )
         for number, length in enumerate(batch.lengths.tolist()):
             np.testing.assert_allclose(whole[number], expected[number, :length], rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(streamed, whole[0])
+
+        # As they are in the file: categories by their names, a shop's own rows as CSV.
+        by_name = sequence(0)
+        for categorical in task.categorical:
+            spec = categorical.spec
+            by_name[spec.name] = [spec.categories[number] for number in by_name[spec.name]]
+        with client.stream("shops") as stream:
+            steps = ({name: rows[step] for name, rows in by_name.items()} for step in range(batch.lengths[0]))
+            np.testing.assert_array_equal(np.stack(list(stream.run(steps))), whole[0])
+        elements = [name for spec in task.inputs for name in spec.element_names or (spec.name,)]
+        values = [*task.test.inputs[0].T] + [by_name[each.spec.name] for each in task.categorical]
+        longform.write(tmp_path / "shop.csv", dict(zip(elements, values, strict=True)) | {"sold": whole[0][:, 0]})
+        told = CliRunner().invoke(main, ["predict", "shops", str(tmp_path / "shop.csv"), "--server", running.address])
+        assert told.exit_code == 0, told.stderr
+        printed = [float(line.split("\t")[2]) for line in told.stdout.splitlines()]
+        assert printed == pytest.approx(whole[0][:, 0].tolist(), rel=1e-4)
+
         wrong = sequence(0) | {"weather": np.full(batch.lengths[0], 4)}
         with pytest.raises(InvalidArgument, match=r"weather: element 0 of step 0 is 4; token ids lie in 0\.\.3"):
             client.predict("shops", {name: [value] for name, value in wrong.items()})

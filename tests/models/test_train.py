@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import pty
@@ -333,6 +334,20 @@ def test_progress_bar_is_shown_to_a_person_only(tmp_path):
     assert "loss=" in shown
     assert "accuracy=" in shown
     assert "2/2" not in out
+
+
+def test_long_epoch_shows_its_batches(sines, tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(models.train.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO(), "mininterval": 0})
+            shown.append((self.desc, self.total, self.unit, kwargs.get("delay")))
+
+    monkeypatch.setattr(models.train, "tqdm", Bar)
+    run_training(sines, tmp_path / "a", epochs=2)
+    delay = models.train.EPOCH_BAR_DELAY_S
+    assert shown == [("sines", 2, "epoch", None), ("epoch 1", 3, "batch", delay), ("epoch 2", 3, "batch", delay)]
 
 
 def test_module_trains_as_the_command_does(tmp_path):
