@@ -299,6 +299,14 @@ def test_split_by_sequence_has_the_shares_of_every_class(tmp_path):
     assert starts(other.test) != starts(task.test)
 
 
+def test_split_by_sequence_trains_on_every_class(tmp_path):
+    rows = [f"{n},{t},{n},{'abcdefghijkl'[n // 2]}" for n in range(23) for t in range(2)]
+    for seed in range(5):
+        task = from_rows(tmp_path, rows, split_seed=seed, validation_fraction=0.2, test_fraction=0.2)
+        assert {int(y) for y in task.train.targets} == set(range(12))
+        assert (len(task.validation), len(task.test)) == (5, 5)
+
+
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=3, max_size=12),
     held_out=st.tuples(st.floats(0.05, 0.45), st.floats(0.05, 0.45)),
@@ -354,6 +362,17 @@ def test_training_of_one_class_is_refused(tmp_path):
     rows = [f"0,{t},{t},{'usual' if t < 80 else 'rare'}" for t in range(100)]
     with pytest.raises(DataError, match=r"data\.csv: training has one class alone, 'usual'; split otherwise"):
         from_rows(tmp_path, rows, split="time")
+
+
+def test_constant_features_are_not_blown_up(tmp_path):
+    columns = shops() | {"always": np.full(len(shops()["shop"]), 7.0), "tiny": 1e-9 * shops()["temperature"]}
+    task = own_task(
+        tmp_path, columns, shop_settings("sold") | {"features": ["always", "tiny"], "categorical": []}, ".npz"
+    )
+    scaling = task.scaling()
+    assert scaling.input_mean[0] == 7.0
+    assert scaling.input_scale[0] == 1.0
+    assert scaling.input_scale[1] == pytest.approx(np.concatenate(task.train.inputs)[:, 1].std(), rel=1e-4)
 
 
 def test_windows_cover_every_training_step(tmp_path):
