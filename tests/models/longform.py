@@ -116,3 +116,22 @@ def assert_same_splits(task, other):
         for x, y in zip((*one.inputs, *one.targets, *one.ids), (*two.inputs, *two.targets, *two.ids), strict=True):
             assert (x.dtype, x.shape) == (y.dtype, y.shape)
             np.testing.assert_array_equal(x, y)
+
+
+NAMED = {"sequence_column": "id", "time_column": "t", "target": "y"}
+ROWS = [f"{number},{time},{number + time},{number % 2}" for number in range(10) for time in range(3)]
+"""Ten sequences of three steps: id, t, a, y."""
+
+
+def from_text(folder, text, name="data.csv", **settings):
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load(DataSettings.of({"file": folder / name, **NAMED, **settings}))
+
+
+def from_rows(folder, rows=ROWS, header="id,t,a,y", **settings):
+    return from_text(folder, "\n".join([header, *rows]) + "\n", **settings)
+
+
+def changed(row, line):
+    """The rows with another line in one place, counted from 1."""
+    return [*ROWS[: row - 1], line, *ROWS[row:]]
