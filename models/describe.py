@@ -38,7 +38,6 @@ def as_text(model: ModelFile) -> str:
     lines = [str(model.path)]
     lines += _entry("task", f"{training.task}, {spec.topology}")
     lines += _entry("data", training.data_set + (f"; licence {training.license}" if training.license else ""))
-    lines += _entry("cell", f"{spec.cell.upper()}, activation {spec.activation}")
     lines += _entry("layers", *_layers(spec))
     lines += _entry("parameters", f"{spec.num_parameters:,}")
     lines += _entry("step mode", f"{mode.value}: {why}")
@@ -81,8 +80,11 @@ def _entry(name: str, *paragraphs: str) -> list[str]:
 
 
 def _layers(spec: Spec) -> Iterable[str]:
-    for number, (directions, hidden) in enumerate(zip(spec.directions, spec.hidden, strict=True)):
-        yield f"{number}: {hidden} units, {'bidirectional' if directions == 2 else 'forward'}"
+    for number, layer in enumerate(spec.layers):
+        way = "bidirectional" if layer.directions == 2 else "backward" if layer.go_backwards else "forward"
+        gates = "" if layer.cell == "rnn" else f", gates {layer.recurrent_activation}"
+        form = "" if layer.form == "operator" else f", {layer.form}: no {layer.cell.upper()} operator"
+        yield f"{number}: {layer.cell.upper()}, {layer.hidden} units, {way}, activation {layer.activation}{gates}{form}"
 
 
 def _tensor(tensor: TensorSpec) -> Iterable[str]:

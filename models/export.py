@@ -20,7 +20,7 @@ import torch
 from models.errors import ExportError, RunError
 from models.mixed import MixedNet, Net, example_inputs
 from models.runs import Run, versions, write_whole
-from models.spec import LENGTHS, METADATA_KEY, GraphSpec, Layout, Spec, StateSpec, Training
+from models.spec import LENGTHS, METADATA_KEY, GraphSpec, LayerSpec, Layout, Spec, StateSpec, Training
 from models.tasks import Task
 from models.train import load_net
 from models.verify import gate
@@ -72,13 +72,8 @@ def export_net(net: Net, task: Task, training: Training) -> tuple[onnx.ModelProt
     model = to_onnx(net)
     graph = _graph_spec(net, task, model)
     parity, golden = gate(net, model.SerializeToString(), graph)
-    config = net.config
     spec = Spec(
-        cell=config.cell,
-        activation=config.activation,
         topology=task.topology,
-        directions=(net.state_shape[0],) * config.layers,
-        hidden=(config.hidden,) * config.layers,
         num_parameters=net.num_parameters,
         graphs=(graph,),
         labels=task.labels,
@@ -179,7 +174,12 @@ def _metrics(run: Run, validation: Mapping[str, float]) -> dict[str, float]:
 
 def _graph_spec(net: Net, task: Task, model: onnx.ModelProto) -> GraphSpec:
     layout = Layout.PER_SEQUENCE if net.config.is_per_sequence else Layout.PER_STEP
+    config = net.config
+    layer = LayerSpec(
+        cell=config.cell, hidden=config.hidden, directions=net.state_shape[0], activation=config.activation
+    )
     return GraphSpec(
+        layers=(layer,) * config.layers,
         inputs=task.inputs,
         outputs=(task.output.model_copy(update={"layout": layout}),),
         states=tuple(

@@ -17,6 +17,10 @@ METADATA_KEY = "rnnserve.spec"
 """Key in the ONNX metadata_props."""
 LENGTHS = "lengths"
 """Graph input [batch] int32: steps of each row; wired to every operator's sequence_lens. Never 0."""
+SOURCE_LENGTHS = "source_lengths"
+"""Graph input [batch] int32 of a decoder that reads per-source-step inputs: steps of each row's source. Never 0."""
+MODEL_FILE = "model.onnx"
+"""Name of the file that carries the spec, within a version's directory; every model has it."""
 
 Array = np.ndarray[Any, Any]
 
@@ -40,6 +44,8 @@ class Layout(StrEnum):
     PER_STEP = "per_step"
     PER_SEQUENCE = "per_sequence"
     SHARED = "shared"
+    PER_SOURCE_STEP = "per_source_step"
+    """A row for every step of an encoder's input, which a decoder reads as a whole at each of its own steps."""
 
 
 DType = Literal["float32", "int64", "int32", "float64", "bool"]
@@ -55,8 +61,8 @@ class _Frozen(BaseModel):
 class TensorSpec(_Frozen):
     """One input or output of a graph, without states and lengths.
 
-    In the graph a per-step tensor is [batch, time, *row_shape], a per-sequence one [batch, *row_shape] and a shared one
-    [*row_shape].
+    In the graph a per-step tensor is [batch, time, *row_shape], a per-sequence one [batch, *row_shape], a shared one
+    [*row_shape] and a per-source-step one [batch, source time, *row_shape].
     """
 
     name: str
@@ -88,7 +94,7 @@ class TensorSpec(_Frozen):
 class StateSpec(_Frozen):
     """A recurrent state: a graph input and the output that is its next value, paired by name.
 
-    Both are [batch, *row_shape] with row_shape (directions, hidden). Sessions begin with zeros.
+    Both are [batch, *row_shape]; of a recurrent layer, row_shape is (directions, hidden).
     """
 
     name: str
@@ -98,7 +104,35 @@ class StateSpec(_Frozen):
     dtype: DType = "float32"
     """Type of the elements."""
     row_shape: tuple[Positive, ...]
-    """(directions, hidden)."""
+    """(directions, hidden) of a recurrent layer; (past steps, channels) of a causal convolution."""
+    initial: str = ""
+    """Per-sequence output of the encoder, [batch, *row_shape], that a sequence begins with; empty: zeros."""
+
+
+class LayerSpec(_Frozen):
+    """One recurrent layer. Source of the names: keras.layers."""
+
+    cell: Cell
+    """Recurrent cell."""
+    hidden: Positive
+    """Hidden units, per direction."""
+    directions: Literal[1, 2] = 1
+    """2 where the layer also reads the sequence from its end."""
+    go_backwards: bool = False
+    """Whether a layer of one direction reads the sequence from its end."""
+    activation: str = "tanh"
+    """Activation of the candidate state, and of an LSTM's output."""
+    recurrent_activation: str = "sigmoid"
+    """Activation of the gates; an rnn has none."""
+    reset_after: bool = True
+    """Whether a GRU's reset gate is applied after the recurrent product (as torch) or before it."""
+    form: Literal["operator", "unrolled", "decomposed"] = "operator"
+    """The native ONNX operator; a step's nodes repeated GraphSpec.fixed_steps times; or nodes within an ONNX Scan."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether an output depends on the steps up to it alone."""
+        return self.directions == 1 and not self.go_backwards
 
 
 class GraphSpec(_Frozen):
@@ -106,8 +140,14 @@ class GraphSpec(_Frozen):
 
     role: Literal["model", "encoder", "decoder"] = "model"
     """Part it plays; most models have the one graph "model"."""
-    file: str = "model.onnx"
-    """Its name, beside the others in the version's directory."""
+    file: str = MODEL_FILE
+    """Its name, beside the others in the version's directory; MODEL_FILE is the first graph's."""
+    sha256: str = ""
+    """Digest of a file other than MODEL_FILE, so that files of two versions are never mixed."""
+    layers: tuple[LayerSpec, ...] = ()
+    """Its recurrent layers, first to last."""
+    fixed_steps: Positive | None = None
+    """Steps that the graph's time axis has, where it is not dynamic: shorter rows are padded to it."""
     inputs: tuple[TensorSpec, ...]
     """What it takes, without states and lengths."""
     outputs: tuple[TensorSpec, ...]
@@ -119,13 +159,50 @@ class GraphSpec(_Frozen):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        takes = [t.name for t in self.inputs] + [s.name for s in self.states] + [LENGTHS]
+        takes = [t.name for t in self.inputs] + [s.name for s in self.states] + [LENGTHS, SOURCE_LENGTHS]
         gives = [t.name for t in self.outputs] + [s.next_name for s in self.states]
         for names in (takes, gives):
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise ValueError(f"graph {self.role}: {', '.join(twice)} named twice")
-        if not any(t.layout is Layout.PER_STEP for t in self.inputs):
-            raise ValueError(f"graph {self.role}: no per-step input")
+        if not self.inputs:
+            raise ValueError(f"graph {self.role}: no input")
+        return self
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether it takes SOURCE_LENGTHS, with inputs that have a row for every step of the source."""
+        return any(t.layout is Layout.PER_SOURCE_STEP for t in self.inputs)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether an output depends on the steps up to it alone."""
+        return all(layer.is_causal for layer in self.layers)
+
+
+class Generation(_Frozen):
+    """How a model makes outputs one after another, from one input (one-to-many) or an encoded sequence.
+
+    Where ids are fed back, a step takes the id that was chosen last and answers the log-probabilities of the next.
+    Otherwise every step sees the same per-sequence inputs, and the states alone tell steps apart.
+    """
+
+    max_steps: Positive
+    """Most outputs of a sequence; as many as a sequence has where nothing ends it before."""
+    token_input: str = ""
+    """Per-step input [batch, time] int64 that takes the id that was chosen last; empty: nothing is fed back."""
+    scores_output: str = ""
+    """Per-step output [batch, time, ids] float32 of log-probabilities that the next id is chosen by."""
+    begin_id: int | None = None
+    """Id that is fed first where the caller gives none; None: the caller has to."""
+    end_id: int | None = None
+    """Id that ends a sequence when it is chosen; it is no part of the answer."""
+    separator: str = ""
+    """Text between the words of an answer, for people: " " between phonemes, nothing between characters."""
+
+    @model_validator(mode="after")
+    def _ids_are_fed_and_chosen(self) -> Self:
+        if bool(self.token_input) != bool(self.scores_output):
+            raise ValueError("token_input and scores_output belong together")
         return self
 
 
@@ -181,6 +258,8 @@ class GoldenArray(_Frozen):
 class Golden(_Frozen):
     """Inputs of a graph (lengths and states too) and torch's answers to them, all batch first."""
 
+    graph: int = 0
+    """Number of the graph in Spec.graphs."""
     inputs: dict[str, GoldenArray]
     """Every graph input by name."""
     outputs: dict[str, GoldenArray]
@@ -190,26 +269,20 @@ class Golden(_Frozen):
 class Spec(_Frozen):
     """All that a model file says of itself."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     """Version of this format; raised by a change that an older reader would misread."""
-    cell: Cell
-    """Recurrent cell."""
-    activation: str = "tanh"
-    """Activation of the cell."""
     topology: Topology
     """Shape of input and output over time."""
-    directions: tuple[Literal[1, 2], ...]
-    """Directions of each recurrent layer."""
-    hidden: tuple[Positive, ...]
-    """Hidden units of each recurrent layer, per direction."""
     num_parameters: int
     """Trained parameters."""
     graphs: tuple[GraphSpec, ...]
-    """One for most models."""
+    """The one with the role "model", or a decoder and its encoder."""
+    generation: Generation | None = None
+    """How outputs are made one after another; absent where inputs come step by step."""
     labels: tuple[str, ...] = ()
     """Class labels of a classifier in the order of its scores."""
     vocabulary: tuple[str, ...] = ()
-    """Words or characters of a model on tokens, by id."""
+    """Words or characters of a model that generates ids, by id."""
     training: Training
     """Where the weights came from."""
     versions: dict[str, str] = {}
@@ -221,26 +294,63 @@ class Spec(_Frozen):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        if not self.graphs:
-            raise ValueError("no graphs")
-        if len(self.directions) != len(self.hidden):
-            raise ValueError("directions and hidden name different numbers of layers")
+        roles = tuple(graph.role for graph in self.graphs)
+        if roles not in (("model",), ("decoder", "encoder")):
+            raise ValueError(f"graphs play the roles {roles}: expected one model, or a decoder and its encoder")
+        if self.graph.file != MODEL_FILE:
+            raise ValueError(f"the first graph's file is {self.graph.file}, not {MODEL_FILE}")
+        is_fed = any(t.layout is Layout.PER_STEP for t in self.graph.inputs)
+        if not is_fed and self.generation is None:
+            raise ValueError(f"graph {self.graph.role}: no per-step input")
+        if self.encoder is not None and self.generation is None:
+            raise ValueError("an encoder and a decoder, but nothing about how the decoder is fed")
+        if self.generation is not None and self.generation.token_input:
+            takes, gives = {t.name for t in self.graph.inputs}, {t.name for t in self.graph.outputs}
+            if self.generation.token_input not in takes or self.generation.scores_output not in gives:
+                raise ValueError("generation names an input or output that the graph has not")
+        initial = {s.initial for s in self.graph.states if s.initial}
+        given = {t.name for t in self.encoder.outputs} if self.encoder is not None else set[str]()
+        if missing := sorted(initial - given):
+            raise ValueError(f"states begin with {', '.join(missing)}, which no encoder gives")
         return self
 
     @property
     def graph(self) -> GraphSpec:
-        """The graph of a model that has one."""
+        """The graph that answers: the model's only one, or its decoder."""
         return self.graphs[0]
+
+    @property
+    def encoder(self) -> GraphSpec | None:
+        """The graph that reads the source of an encoder-decoder model."""
+        return self.graphs[1] if len(self.graphs) > 1 else None
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Recurrent layers as data passes them: those of an encoder come first."""
+        return tuple(layer for graph in reversed(self.graphs) for layer in graph.layers)
+
+    @property
+    def cell(self) -> str:
+        """Recurrent cells, such as "gru", or "lstm+gru" where layers differ."""
+        return "+".join(dict.fromkeys(layer.cell for layer in self.layers)) or "none"
 
     @property
     def step_mode(self) -> tuple[StepMode, str]:
         """How the model can be driven over time, and why."""
-        if 2 in self.directions:
-            layer = self.directions.index(2)
+        if self.generation is not None:
+            what = "the id it chose last" if self.generation.token_input else "the same input at every step"
+            return StepMode.GENERATIVE, f"it makes its outputs one after another from {what}: call Generate"
+        if self.graph.fixed_steps is not None:
             return (
                 StepMode.BUFFERED,
-                f"layer {layer} is bidirectional: its output at any step depends on the steps that come after it",
+                f"it is unrolled: a run takes {self.graph.fixed_steps} steps, however few of them are real",
             )
+        for number, layer in enumerate(self.graph.layers):
+            if layer.directions == 2:
+                why = f"layer {number} is bidirectional: its output at any step depends on the steps that come after it"
+                return StepMode.BUFFERED, why
+            if layer.go_backwards:
+                return StepMode.BUFFERED, f"layer {number} goes backwards: it begins with the last step"
         return StepMode.STEPPING, "every layer is causal: an output depends on the steps up to it alone"
 
     def to_json(self) -> str:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.spec import Layout
+from models.spec import MODEL_FILE, Layout
 from service.backend import Backend, check_provider
 from service.config import Settings
 from service.errors import ConfigError, ModelBroken, RunFailed, ServiceError
@@ -14,7 +14,6 @@ from service.lane import Lane
 from service.spill import SpillStore
 
 log = logging.getLogger(__name__)
-MODEL_FILE = "model.onnx"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from models.spec import METADATA_KEY, GraphSpec, Layout, Parity, Spec, StateSpec, TensorSpec, Training
+from models.spec import METADATA_KEY, GraphSpec, LayerSpec, Layout, Parity, Spec, StateSpec, TensorSpec, Training
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
@@ -111,13 +111,11 @@ def build(
 
     per_step = Layout.PER_SEQUENCE if many_to_one else Layout.PER_STEP
     spec = Spec(
-        cell=cell,
         topology="many-to-one" if many_to_one else "many-to-many",
-        directions=(directions,) * layers,
-        hidden=(hidden,) * layers,
         num_parameters=sum(w.size for w in weights.values() if w.dtype == np.float32),
         graphs=(
             GraphSpec(
+                layers=(LayerSpec(cell=cell, hidden=hidden, directions=directions),) * layers,
                 inputs=(
                     TensorSpec(
                         name="x",

@@ -98,7 +98,7 @@ def test_a_run_that_onnxruntime_refuses_is_run_failed(load):
 def test_verdicts(load, model, verdict, is_chunkable):
     exactness = load(model).probe(64)
     assert (exactness.verdict, exactness.is_chunkable) == (verdict, is_chunkable), exactness.detail
-    assert ("cut into chunks" in exactness.detail) == (2 not in model.spec.directions)
+    assert ("cut into chunks" in exactness.detail) == model.spec.graph.is_causal
 
 
 def test_an_int8_model_is_coupled(tmp_path, caplog):

@@ -59,7 +59,7 @@ def test_models_are_described(served: Served) -> None:
     assert models["rnn", 1].exactness == pb.EXACTNESS_ROUNDING
     assert gru.provider == "CPUExecutionProvider"
     assert len(gru.digest) == 64
-    assert parse_spec(gru.spec_json).hidden == (8, 8)
+    assert [layer.hidden for layer in parse_spec(gru.spec_json).layers] == [8, 8]
     assert models["bilstm", 1].step_mode == pb.STEP_MODE_BUFFERED
     assert "bidirectional" in models["bilstm", 1].step_mode_reason
 

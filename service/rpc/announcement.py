@@ -45,9 +45,7 @@ def announcement_of(loaded: Loaded) -> Announcement:
     models: list[Line] = []
     for lane in loaded.lanes:
         spec = lane.backend.spec
-        layers = "+".join(
-            f"{'bi' if d == 2 else ''}{spec.cell}{h}" for d, h in zip(spec.directions, spec.hidden, strict=True)
-        )
+        layers = "+".join(f"{'bi' if each.directions == 2 else ''}{each.cell}{each.hidden}" for each in spec.layers)
         text = (
             f"{lane.name}/{lane.version}  {layers} {spec.topology}, {lane.step_mode.value}, {lane.backend.provider}, "
             f"{lane.exactness.verdict} ({lane.exactness.detail})"

@@ -212,8 +212,7 @@ def test_describe_for_people(vowels_file):
     for expected in (
         "task vowels, many-to-one",
         "licence CC BY 4.0",
-        "cell GRU, activation tanh",
-        "layers 0: 16 units, forward",
+        "layers 0: GRU, 16 units, forward, activation tanh, gates sigmoid",
         "parameters 1,593",
         "step mode stepping: every layer is causal",
         "x [batch, time, 12] float32: LPC cepstrum coefficients",

@@ -20,7 +20,7 @@ from models.modelfile import ModelFile
 from models.nets import FOLD_LIMIT
 from models.runs import Run
 from models.runtime import Runtime
-from models.spec import LENGTHS, METADATA_KEY, Layout, StepMode, parse_spec
+from models.spec import LENGTHS, METADATA_KEY, LayerSpec, Layout, StepMode, parse_spec
 from models.train import load_net
 from tests.models.conftest import make_task
 from tests.models.exports import TRAINING, exported_net, make_net, node
@@ -176,7 +176,8 @@ def test_spec_tells_where_the_model_came_from(vowels_run, vowels_file):
     assert spec.training.recipe["hidden"] == 16
     assert spec.num_parameters == 3 * 16 * (12 + 16 + 2) + 9 * 17
     assert spec.versions["torch"] == torch.__version__
-    assert (spec.cell, spec.hidden, spec.directions) == ("gru", (16,), (1,))
+    assert spec.cell == "gru"
+    assert spec.layers == (LayerSpec(cell="gru", hidden=16),)
     assert [(s.name, s.next_name, s.row_shape) for s in spec.graph.states] == [("state.0.h", "state.0.h.next", (1, 16))]
 
 
