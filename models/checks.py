@@ -78,6 +78,7 @@ def run_in_chunks(
     states after the last chunk.
     """
     per_step_in = [tensor.name for tensor in graph.inputs if tensor.layout is Layout.PER_STEP]
+    longest = int(cuts.sum(axis=0).max())
     per_step_out = [tensor.name for tensor in graph.outputs if tensor.layout is Layout.PER_STEP]
     feeds, answers = dict(inputs), dict[str, Array]()
     starts = np.zeros_like(cuts[0])
@@ -91,8 +92,7 @@ def run_in_chunks(
         within = np.arange(chunk.max()) < chunk[:, None]
         for name in per_step_out:
             if name not in together:
-                time = inputs[per_step_in[0]].shape[1]
-                together[name] = np.zeros((len(chunk), time, *answers[name].shape[2:]), answers[name].dtype)
+                together[name] = np.zeros((len(chunk), longest, *answers[name].shape[2:]), answers[name].dtype)
             row, step = np.nonzero(within)
             together[name][row, starts[row] + step] = answers[name][row, step]
         feeds |= {state.name: answers[state.next_name] for state in graph.states}

@@ -135,8 +135,8 @@ def export(run: Path, repository: Path, name: str | None, version: int | None) -
 
     exported = export_run(Run(run), repository, name=name, version=version)
     spec = exported.spec
-    operators = ", ".join(f"{count} {operator}" for operator, count in spec.graph.operators.items())
-    click.echo(f"{exported.path}: {exported.size:,} bytes, {operators}")
+    operators = [", ".join(f"{count} {each}" for each, count in graph.operators.items()) for graph in spec.graphs]
+    click.echo(f"{exported.path}: {exported.size:,} bytes, {'; its encoder: '.join(operators)}")
     click.echo(
         f"  torch and onnxruntime differ by {spec.parity.max_abs_error:.2g} at most, in {spec.parity.num_cases} cases "
         f"({spec.parity.tolerance:.0e} is allowed)"

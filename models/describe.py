@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from models.modelfile import ModelFile
-from models.spec import LENGTHS, Layout, Spec, StateSpec, TensorSpec
+from models.spec import LENGTHS, SOURCE_LENGTHS, Layout, Spec, StateSpec, TensorSpec
 
 _WIDTH = 110
 _INDENT = 14
@@ -45,6 +45,8 @@ def as_text(model: ModelFile) -> str:
         of = "" if graph.role == "model" else f" of the {graph.role}"
         lines += _entry("inputs" + of, *(line for tensor in graph.inputs for line in _tensor(tensor)))
         lines += _entry("", f"{LENGTHS}  [batch] int32, steps of each row, never 0")
+        if graph.reads_source:
+            lines += _entry("", f"{SOURCE_LENGTHS}  [batch] int32, steps of each row's source, never 0")
         lines += _entry("outputs" + of, *(line for tensor in graph.outputs for line in _tensor(tensor)))
         lines += _entry("states" + of, *map(_state, graph.states))
         lines += _entry("operators", ", ".join(f"{count} {name}" for name, count in graph.operators.items()))
@@ -88,7 +90,12 @@ def _layers(spec: Spec) -> Iterable[str]:
 
 
 def _tensor(tensor: TensorSpec) -> Iterable[str]:
-    axes = {Layout.PER_STEP: ["batch", "time"], Layout.PER_SEQUENCE: ["batch"], Layout.SHARED: []}[tensor.layout]
+    axes = {
+        Layout.PER_STEP: ["batch", "time"],
+        Layout.PER_SEQUENCE: ["batch"],
+        Layout.SHARED: [],
+        Layout.PER_SOURCE_STEP: ["batch", "source"],
+    }[tensor.layout]
     shape = ", ".join([*axes, *map(str, tensor.row_shape)])
     unit = f", in {tensor.unit}" if tensor.unit else ""
     yield f"{tensor.name}  [{shape}] {tensor.dtype}{unit}: {tensor.description or tensor.layout.value}"
@@ -102,7 +109,7 @@ def _tensor(tensor: TensorSpec) -> Iterable[str]:
 
 def _state(state: StateSpec) -> str:
     shape = ", ".join(["batch", *map(str, state.row_shape)])
-    return f"{state.name} -> {state.next_name}  [{shape}] {state.dtype}, zeros to begin with"
+    return f"{state.name} -> {state.next_name}  [{shape}] {state.dtype}, {state.initial or 'zeros'} to begin with"
 
 
 def _metrics(metrics: dict[str, float]) -> Iterable[str]:

@@ -1,54 +1,50 @@
-"""From a net to one ONNX file that a server can step: the graph, its spec, and the gate before anything is written."""
+"""From a run to the files of a model version: its graphs, its spec, and the gate before anything is written."""
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import re
 import shutil
 import tempfile
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import onnxruntime
-import torch
 
 from models.errors import ExportError, RunError
-from models.mixed import MixedNet, Net, example_inputs
+from models.graphs import GraphModule, to_onnx
+from models.mixed import Net
 from models.runs import Run, versions, write_whole
-from models.spec import LENGTHS, METADATA_KEY, GraphSpec, LayerSpec, Layout, Spec, StateSpec, Training
+from models.spec import METADATA_KEY, MODEL_FILE, Generation, Golden, GraphSpec, Parity, Spec, Topology, Training
 from models.tasks import Task
 from models.train import load_net
 from models.verify import gate
 
-OPSET = 18
-"""All that the graph needs; above 21, recurrent operators have no CUDA kernels."""
-FILE = "model.onnx"
-"""Name of the file within a version's directory."""
+Files = dict[str, bytes]
+"""Files of a model version by name; MODEL_FILE is among them."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """A file that was written."""
+    """A model version that was written."""
 
     path: Path
+    """Its MODEL_FILE."""
     spec: Spec
     size: int
-    """Bytes."""
+    """Bytes of all its files."""
 
 
 def export_run(run: Run, repository: Path, *, name: str | None = None, version: int | None = None) -> Exported:
-    """Export a run's best net as `<repository>/<name>/<version>/model.onnx`.
+    """Export a run's best net as `<repository>/<name>/<version>/model.onnx`, beside it the encoder if it has one.
 
     name is the task's, and version the next free one, unless given.
     Raises RunError for a directory that holds no run, ExportError for a name or version that cannot be had, and
-    ParityError where the file would answer differently; nothing is written then.
+    ParityError where a file would answer differently; nothing is written then.
     """
     task, recipe, net, validation = load_net(run)
     training = Training(
@@ -58,73 +54,77 @@ def export_run(run: Run, repository: Path, *, name: str | None = None, version: 
         metrics=_metrics(run, validation),
         recipe=recipe.to_dict(),
     )
-    model, spec = export_net(net, task, training)
-    content = model.SerializeToString()
-    path = write_version(content, repository, name or task.name, version)
-    return Exported(path=path, spec=spec, size=len(content))
+    files, spec = export_net(net, task, training)
+    path = write_version(files, repository, name or task.name, version)
+    return Exported(path=path, spec=spec, size=sum(map(len, files.values())))
 
 
-def export_net(net: Net, task: Task, training: Training) -> tuple[onnx.ModelProto, Spec]:
-    """Make the ONNX model of a net, its spec within, once it has passed the gate.
-
-    Raises ExportError and ParityError.
-    """
-    model = to_onnx(net)
-    graph = _graph_spec(net, task, model)
-    parity, golden = gate(net, model.SerializeToString(), graph)
-    spec = Spec(
+def export_net(net: Net, task: Task, training: Training) -> tuple[Files, Spec]:
+    """Make the files of a net that was built for a task. Raises ExportError and ParityError."""
+    return export_model(
+        net.graphs(task),
         topology=task.topology,
+        training=training,
         num_parameters=net.num_parameters,
-        graphs=(graph,),
         labels=task.labels,
+    )
+
+
+def export_model(
+    parts: Sequence[GraphModule],
+    *,
+    topology: Topology,
+    training: Training,
+    num_parameters: int,
+    labels: tuple[str, ...] = (),
+    vocabulary: tuple[str, ...] = (),
+    generation: Generation | None = None,
+) -> tuple[Files, Spec]:
+    """Make the files of a model, the spec within MODEL_FILE, once every graph has passed the gate.
+
+    parts  the graph that answers, and after it the encoder of an encoder-decoder
+    The other arguments are what Spec says of them. Raises ExportError and ParityError.
+    """
+    graphs: list[GraphSpec] = []
+    golden: list[Golden] = []
+    parities: list[Parity] = []
+    files: Files = {}
+    traced: list[onnx.ModelProto] = []
+    for number, part in enumerate(parts):
+        model, graph = to_onnx(part)
+        content = model.SerializeToString()
+        parity, cases = gate(part, content, graph)
+        parities.append(parity)
+        golden += [case.model_copy(update={"graph": number}) for case in cases]
+        if number:
+            files[graph.file] = content
+            graph = graph.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
+        graphs.append(graph)
+        traced.append(model)
+    spec = Spec(
+        topology=topology,
+        num_parameters=num_parameters,
+        graphs=tuple(graphs),
+        generation=generation,
+        labels=labels,
+        vocabulary=vocabulary,
         training=training,
         versions=versions("torch", "onnx", "onnxscript") | {"onnxruntime": onnxruntime.__version__},
-        parity=parity,
-        golden=golden,
+        parity=Parity(
+            max_abs_error=max(parity.max_abs_error for parity in parities),
+            tolerance=max(parity.tolerance for parity in parities),
+            num_cases=sum(parity.num_cases for parity in parities),
+        ),
+        golden=tuple(golden),
     )
-    onnx.helper.set_model_props(model, {METADATA_KEY: spec.to_json()})
-    return model, spec
+    onnx.helper.set_model_props(traced[0], {METADATA_KEY: spec.to_json()})
+    return {MODEL_FILE: traced[0].SerializeToString(), **files}, spec
 
 
-def to_onnx(net: Net) -> onnx.ModelProto:
-    """Trace a net into an ONNX graph: one operator per recurrent layer, dynamic batch and time.
+def write_version(files: Mapping[str, bytes], repository: Path, name: str, version: int | None = None) -> Path:
+    """Put files into a repository as a new version, the next one unless given; returns the path of its MODEL_FILE.
 
-    Raises ExportError when the exporter fails, or its graph is not what a server needs.
-    """
-    ready = net.for_export()
-    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
-    rows, steps = 3, 5
-    inputs = example_inputs(net, rows, steps)
-    states = tuple(torch.zeros(rows, *net.state_shape) for _ in net.state_names)
-    lengths = torch.tensor([steps, 2, 1], dtype=torch.int32)
-    axes = [{0: batch, 1: time}] * len(inputs) + [{0: batch}] * (1 + len(states))
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                ready,
-                (*inputs.values(), lengths, *states),
-                dynamo=True,
-                # As the arguments of forward are: those after a star are one tuple.
-                dynamic_shapes=(tuple(axes),) if isinstance(net, MixedNet) else (*axes[:2], tuple(axes[2:])),
-                input_names=[*inputs, LENGTHS, *net.state_names],
-                output_names=["y", *(f"{name}.next" for name in net.state_names)],
-                opset_version=OPSET,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx.export failed: {str(error).splitlines()[0]}") from error
-    if program is None:
-        raise ExportError("torch.onnx.export made nothing")
-    model = program.model_proto
-    _tidy(model)
-    _check(model, net)
-    return model
-
-
-def write_version(content: bytes, repository: Path, name: str, version: int | None = None) -> Path:
-    """Put a model file into a repository as a new version, the next one unless given; returns its path.
-
-    The version's directory appears with the file in it: a server that looks meanwhile sees all of it or nothing.
+    The version's directory appears with the files in it: a server that looks meanwhile sees all of it or nothing.
     Raises ExportError for a name or version that cannot be had.
     """
     if not _NAME.fullmatch(name):
@@ -141,7 +141,8 @@ def write_version(content: bytes, repository: Path, name: str, version: int | No
             raise ExportError(f"{folder / str(chosen)} exists; versions are never changed: leave --version out")
         staging = Path(tempfile.mkdtemp(dir=folder, prefix=".export-"))
         try:
-            write_whole(staging / FILE, content, durable=True)
+            for file, content in files.items():
+                write_whole(staging / file, content, durable=True)
             staging.chmod(0o755)
             staging.rename(folder / str(chosen))
         except BaseException:
@@ -149,7 +150,7 @@ def write_version(content: bytes, repository: Path, name: str, version: int | No
             raise
     except OSError as error:
         raise ExportError(f"cannot write to {folder}: {error.strerror}") from error
-    return folder / str(chosen) / FILE
+    return folder / str(chosen) / MODEL_FILE
 
 
 def next_version(folder: Path) -> int:
@@ -170,82 +171,3 @@ def _metrics(run: Run, validation: Mapping[str, float]) -> dict[str, float]:
         for prefix, scores in (("", stored), ("baseline_", stored["baseline"])):
             flat |= {f"{prefix}{split}_{name}": value for name, value in scores.get(split, {}).items()}
     return flat
-
-
-def _graph_spec(net: Net, task: Task, model: onnx.ModelProto) -> GraphSpec:
-    layout = Layout.PER_SEQUENCE if net.config.is_per_sequence else Layout.PER_STEP
-    config = net.config
-    layer = LayerSpec(
-        cell=config.cell, hidden=config.hidden, directions=net.state_shape[0], activation=config.activation
-    )
-    return GraphSpec(
-        layers=(layer,) * config.layers,
-        inputs=task.inputs,
-        outputs=(task.output.model_copy(update={"layout": layout}),),
-        states=tuple(
-            StateSpec(name=name, next_name=f"{name}.next", row_shape=net.state_shape) for name in net.state_names
-        ),
-        operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
-    )
-
-
-def _tidy(model: onnx.ModelProto) -> None:
-    """Leave out what only its maker needs, stack traces with paths among it, and name the rest by its layer."""
-    graph = model.graph
-    model.producer_name, model.producer_version = "rnnserve", versions().get("rnnserve", "")
-    model.doc_string = graph.doc_string = ""
-    graph.name = "model"
-    graph.ClearField("value_info")
-    for message in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        message.ClearField("metadata_props")
-        message.ClearField("doc_string")
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    renamed: dict[str, str] = {}
-    recurrent = 0
-    for number, node in enumerate(graph.node):
-        node.name = f"{node.op_type}.{number}"
-        if node.op_type in {"RNN", "GRU", "LSTM"}:
-            node.name = f"layer.{recurrent}"
-            renamed |= {old: f"layer.{recurrent}.{new}" for old, new in zip(node.input[1:4], "WRB", strict=True)}
-            recurrent += 1
-            # An output without a name is not computed.
-            node.output[:] = [name if name in used else "" for name in node.output]
-    for initializer in graph.initializer:
-        initializer.name = renamed.get(initializer.name, initializer.name)
-    for node in graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-
-
-def _check(model: onnx.ModelProto, net: Net) -> None:
-    """Check what a server relies on and no comparison of numbers shows. Raises ExportError."""
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(f"the graph is not valid ONNX: {str(error).splitlines()[0]}") from error
-    constants = {initializer.name for initializer in model.graph.initializer}
-    layers = [node for node in model.graph.node if node.op_type == net.config.cell.upper()]
-    if len(layers) != net.config.layers:
-        raise ExportError(f"{net.config.layers} layers came out as {len(layers)} {net.config.cell.upper()} operators")
-    for node in layers:
-        if node.input[4] != LENGTHS:
-            raise ExportError(f"{node.name}: sequence_lens is not wired to {LENGTHS!r}")
-        if unfolded := [name for name in node.input[1:4] if name not in constants]:
-            raise ExportError(f"{node.name}: weights {', '.join(unfolded)} are computed at run time")
-    for value in (*model.graph.input, *model.graph.output):
-        axes = [axis.dim_param for axis in value.type.tensor_type.shape.dim if axis.dim_param]
-        if axes not in (["batch"], ["batch", "time"]):
-            raise ExportError(f"{value.name}: its dynamic axes are {axes}, not batch and time")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torch's exporter says of its own insides, for as long as it runs."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import nets
+from models.graphs import GraphModule
 from models.layers import Recurrent
 from models.nets import NetConfig, RecurrentNet
 from models.recipe import Recipe
@@ -95,6 +96,11 @@ class MixedNet(nn.Module):
         net.core = self.core.for_export()
         return net
 
+    def graphs(self, task: Task) -> list[GraphModule]:
+        """Describe the graph that this net becomes."""
+        ready, spec = self.for_export(), self.core.graph_spec(task)
+        return [GraphModule(module=self, ready=ready, spec=spec, draw=self.core.draw(self.num_features))]
+
 
 Net = RecurrentNet | MixedNet
 
@@ -118,11 +124,3 @@ def build(task: Task, recipe: Recipe) -> Net:
     """
     core = nets.build(task, recipe)
     return MixedNet(core, task.num_features, task.categorical) if task.categorical else core
-
-
-def example_inputs(net: Net, rows: int, steps: int) -> dict[str, Tensor]:
-    """Zeros for every per-step input by name, in the order that `forward` takes them."""
-    if isinstance(net, RecurrentNet):
-        return {"x": torch.zeros(rows, steps, net.config.inputs)}
-    numbers = {"x": torch.zeros(rows, steps, net.num_features)} if net.num_features else {}
-    return numbers | {name: torch.zeros(rows, steps, dtype=torch.int64) for name in net.num_ids}

@@ -12,7 +12,7 @@ import numpy as np
 from models.checks import MAX_TOLERANCE, TOLERANCE, differ, random_cuts, run_in_chunks, without_padding
 from models.errors import ModelFileError
 from models.runtime import Array, Runtime
-from models.spec import LENGTHS, METADATA_KEY, Golden, Layout, Spec, SpecError, StepMode, parse_spec
+from models.spec import LENGTHS, METADATA_KEY, Golden, GraphSpec, Layout, Spec, SpecError, parse_spec
 
 NUM_CHUNKS = 4
 """Chunks that a sequence is cut into to check that states carry on."""
@@ -46,50 +46,62 @@ class Check:
 
 
 class ModelFile:
-    """A model file, opened: its spec, its digest, and the model ready to run.
+    """A model, opened from its MODEL_FILE: its spec, its digest, and every graph ready to run.
 
-    Raises ModelFileError when it cannot be read, is damaged, carries no spec, or has other inputs or outputs than its
-    spec says; MissingExtra without onnxruntime.
+    Raises ModelFileError when a file cannot be read, is damaged, carries no spec, or has other inputs or outputs than
+    its spec says; MissingExtra without onnxruntime.
     """
 
     def __init__(self, path: Path, *, optimize: bool = True) -> None:
         self.path = path
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ModelFileError(f"{path}: {error.strerror}") from error
+        content = _read(path)
         try:
             self.runtime = Runtime(content, optimize=optimize)
             self.spec: Spec = parse_spec(self.runtime.metadata.get(METADATA_KEY))
-            _compare_names(self.runtime, self.spec)
         except (ModelFileError, SpecError) as error:
             raise ModelFileError(f"{path}: {error}") from error
         self.size = len(content)
+        """Bytes of all its files."""
         self.digest = hashlib.sha256(content).hexdigest()
+        """Of MODEL_FILE, which names the digests of the others."""
+        self.runtimes = [self.runtime]
+        for graph in self.spec.graphs[1:]:
+            beside = path.parent / graph.file
+            content = _read(beside)
+            self.size += len(content)
+            if hashlib.sha256(content).hexdigest() != graph.sha256:
+                raise ModelFileError(f"{beside} is not the {graph.role} that {path} was exported with: export it again")
+            self.runtimes.append(Runtime(content, optimize=optimize))
+        for runtime, graph in zip(self.runtimes, self.spec.graphs, strict=True):
+            _compare_names(runtime, graph, path.parent / graph.file if graph.sha256 else path)
+        for golden in self.spec.golden:
+            if golden.graph >= len(self.spec.graphs) or not _is_of(golden, self.spec.graphs[golden.graph]):
+                raise ModelFileError(f"{path}: its golden inputs or outputs are not those of its graph")
 
     def verify(self) -> list[Check]:
-        """Run the golden inputs, and a random sequence whole and in chunks; returns a check for each.
+        """Run the golden inputs, and causal graphs whole and in chunks; returns a check for each.
 
         Raises ModelFileError when there is nothing to check by, or onnxruntime cannot run the file.
         """
         if not self.spec.golden:
             raise ModelFileError(f"{self.path}: it carries no golden inputs to check it by")
-        checks = [
-            self._against(f"golden input {number}", golden) for number, golden in enumerate(self.spec.golden, start=1)
-        ]
-        if self.spec.step_mode[0] is StepMode.STEPPING:
-            checks.append(self._in_chunks())
+        checks = [self._against(number, golden) for number, golden in enumerate(self.spec.golden, start=1)]
+        for number, graph in enumerate(self.spec.graphs):
+            if graph.is_causal and graph.fixed_steps is None and graph.role != "encoder":
+                checks += [self._in_chunks(golden) for golden in self.spec.golden if golden.graph == number][:1]
         return checks
 
-    def _against(self, name: str, golden: Golden) -> Check:
+    def _against(self, number: int, golden: Golden) -> Check:
         inputs = {key: value.array() for key, value in golden.inputs.items()}
         expected = {key: value.array() for key, value in golden.outputs.items()}
-        return self._check(name, self.runtime(inputs), expected, inputs[LENGTHS])
+        of = "" if len(self.spec.graphs) == 1 else f" of the {self.spec.graphs[golden.graph].role}"
+        found = self.runtimes[golden.graph](inputs)
+        return self._check(f"golden input {number}{of}", golden.graph, found, expected, inputs[LENGTHS])
 
-    def _in_chunks(self) -> Check:
+    def _in_chunks(self, of: Golden) -> Check:
         """Repeat golden inputs in time, so that there is something to cut; compare with the same run whole."""
-        golden = {key: value.array() for key, value in self.spec.golden[0].inputs.items()}
-        graph = self.spec.graph
+        golden = {key: value.array() for key, value in of.inputs.items()}
+        graph, runtime = self.spec.graphs[of.graph], self.runtimes[of.graph]
         lengths = golden[LENGTHS] + np.int32(2 * NUM_CHUNKS)
         inputs = golden | {LENGTHS: lengths}
         for tensor in graph.inputs:
@@ -97,24 +109,32 @@ class ModelFile:
                 steps = np.arange(lengths.max()) % golden[tensor.name].shape[1]
                 inputs[tensor.name] = golden[tensor.name][:, steps]
         cuts = random_cuts(np.random.default_rng(0), lengths, NUM_CHUNKS)
-        found = run_in_chunks(self.runtime, graph, inputs, cuts)
-        return self._check(f"{NUM_CHUNKS} chunks against whole", found, self.runtime(inputs), lengths)
+        found = run_in_chunks(runtime, graph, inputs, cuts)
+        return self._check(f"{NUM_CHUNKS} chunks against whole", of.graph, found, runtime(inputs), lengths)
 
-    def _check(self, name: str, found: Mapping[str, Array], expected: Mapping[str, Array], lengths: Array) -> Check:
-        found = without_padding(self.spec.graph, found, lengths)
+    def _check(
+        self, name: str, number: int, found: Mapping[str, Array], expected: Mapping[str, Array], lengths: Array
+    ) -> Check:
+        graph = self.spec.graphs[number]
+        found = without_padding(graph, found, lengths)
         gaps = {
-            output: differ(found[output], array)
-            for output, array in without_padding(self.spec.graph, expected, lengths).items()
+            output: differ(found[output], array) for output, array in without_padding(graph, expected, lengths).items()
         }
         worst = max(gaps, key=lambda output: gaps[output].scaled)
         tolerance = min(max(self.spec.parity.tolerance, TOLERANCE), MAX_TOLERANCE)
         return Check(name, gaps[worst].scaled, tolerance, f"{worst} at {list(gaps[worst].where)}")
 
 
-def _compare_names(runtime: Runtime, spec: Spec) -> None:
-    """Check that the graph has the inputs and outputs that the spec says, of those types."""
-    graph = spec.graph
-    takes = {tensor.name: tensor.dtype for tensor in graph.inputs} | {LENGTHS: "int32"}
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror}") from error
+
+
+def _compare_names(runtime: Runtime, graph: GraphSpec, path: Path) -> None:
+    """Check that a graph has the inputs and outputs that the spec says, of those types."""
+    takes = dict.fromkeys(graph.input_names, "int32") | {tensor.name: tensor.dtype for tensor in graph.inputs}
     takes |= {state.name: state.dtype for state in graph.states}
     gives = {tensor.name: tensor.dtype for tensor in graph.outputs}
     gives |= {state.next_name: state.dtype for state in graph.states}
@@ -122,9 +142,10 @@ def _compare_names(runtime: Runtime, spec: Spec) -> None:
         found = {name: kind for name, (kind, _) in there.items()}
         if found != {name: _TYPES[dtype] for name, dtype in said.items()}:
             raise ModelFileError(
-                f"its spec names other {what} than its graph has: {', '.join(sorted(said))} "
+                f"{path}: its spec names other {what} than its graph has: {', '.join(sorted(said))} "
                 f"against {', '.join(sorted(found))}, or of other types"
             )
-    for golden in spec.golden:
-        if golden.inputs.keys() != takes.keys() or golden.outputs.keys() != gives.keys():
-            raise ModelFileError("its golden inputs or outputs are not those of its graph")
+
+
+def _is_of(golden: Golden, graph: GraphSpec) -> bool:
+    return golden.inputs.keys() == set(graph.input_names) and golden.outputs.keys() == set(graph.output_names)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import RecipeError
+from models.graphs import Draw, GraphModule, draw_like
 from models.layers import STATES, Recurrent
 from models.recipe import Activation, Recipe
-from models.spec import Cell
+from models.spec import Cell, GraphSpec, LayerSpec, Layout, StateSpec
 from models.tasks.base import Scaling, Task
 
 FOLD_LIMIT = 32.0
@@ -168,6 +169,39 @@ class RecurrentNet(nn.Module):
         for layer in net.recurrent:
             layer.freeze()
         return net
+
+    def graphs(self, task: Task) -> list[GraphModule]:
+        """Describe the graph that this net becomes; a mixed net's has its own inputs."""
+        return [
+            GraphModule(
+                module=self,
+                ready=self.for_export(),
+                spec=self.graph_spec(task),
+                draw=self.draw(self.config.inputs),
+            )
+        ]
+
+    def graph_spec(self, task: Task) -> GraphSpec:
+        """Say what the graph takes and gives."""
+        config = self.config
+        directions, hidden = self.state_shape
+        layout = Layout.PER_SEQUENCE if config.is_per_sequence else Layout.PER_STEP
+        layer = LayerSpec(
+            cell=config.cell, hidden=hidden, directions=2 if directions == 2 else 1, activation=config.activation
+        )
+        return GraphSpec(
+            layers=(layer,) * config.layers,
+            inputs=task.inputs,
+            outputs=(task.output.model_copy(update={"layout": layout}),),
+            states=tuple(
+                StateSpec(name=name, next_name=f"{name}.next", row_shape=self.state_shape) for name in self.state_names
+            ),
+        )
+
+    def draw(self, num_features: int) -> Draw:
+        """Draw as the first features of the training data were spread."""
+        mean, scale = self.input_mean[:num_features].numpy(), self.input_scale[:num_features].numpy()
+        return draw_like(mean, scale, non_negative_states=self.config.activation == "relu")
 
     def _scaled(self, raw: Tensor) -> Tensor:
         return (raw - self.input_mean) * (1.0 / self.input_scale) if self.scales_input else raw

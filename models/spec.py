@@ -169,6 +169,17 @@ class GraphSpec(_Frozen):
         return self
 
     @property
+    def input_names(self) -> tuple[str, ...]:
+        """Everything that the graph takes, in its order: inputs, lengths, states."""
+        lengths = (LENGTHS, SOURCE_LENGTHS) if self.reads_source else (LENGTHS,)
+        return (*(t.name for t in self.inputs), *lengths, *(s.name for s in self.states))
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Everything that the graph gives, in its order: outputs, next states."""
+        return (*(t.name for t in self.outputs), *(s.next_name for s in self.states))
+
+    @property
     def reads_source(self) -> bool:
         """Whether it takes SOURCE_LENGTHS, with inputs that have a row for every step of the source."""
         return any(t.layout is Layout.PER_SOURCE_STEP for t in self.inputs)

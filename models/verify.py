@@ -10,15 +10,16 @@ import torch
 
 from models.checks import MAX_TOLERANCE, TOLERANCE, differ, random_cuts, run_in_chunks, without_padding
 from models.errors import ParityError
-from models.mixed import Net
+from models.graphs import GraphModule
 from models.runtime import Array, Named, Runtime
-from models.spec import LENGTHS, Golden, GoldenArray, GraphSpec, Parity, TensorSpec
+from models.spec import LENGTHS, SOURCE_LENGTHS, Golden, GoldenArray, GraphSpec, Layout, Parity
 
 # Rows and longest row of each case; rows are ragged, the first one longest.
 _SHAPES = ((1, 1), (4, 1), (1, 9), (3, 5), (5, 40), (8, 17), (2, 233), (1, 301))
 _NUM_CHUNKS = (2, 5, 9)
 _CUT_SHAPE = (4, 37)
-_NUM_GOLDEN = 2
+_LONGEST_SOURCE = 7
+_NUM_GOLDEN, _GOLDEN_ROWS = 2, 3
 _ROUNDING = 16.0
 """Times torch's own rounding error in a case that onnxruntime may be off: its sigmoid and tanh are coarser."""
 
@@ -39,8 +40,8 @@ class Case:
         return self.inputs[LENGTHS]
 
 
-def gate(net: Net, model: bytes, graph: GraphSpec, *, seed: int = 0) -> tuple[Parity, tuple[Golden, ...]]:
-    """Compare a net with the file made of it, over several batches, lengths, states, and cuts in time.
+def gate(part: GraphModule, content: bytes, graph: GraphSpec, *, seed: int = 0) -> tuple[Parity, tuple[Golden, ...]]:
+    """Compare a module with the file made of it, over several batches, lengths, states, and cuts in time.
 
     Every output and every next state is compared. The largest difference allowed is TOLERANCE; only where rounding
     alone moves torch's float32 further from its float64, as it can in a cell that sums up over hundreds of steps, it is
@@ -49,7 +50,7 @@ def gate(net: Net, model: bytes, graph: GraphSpec, *, seed: int = 0) -> tuple[Pa
     Raises ParityError at the first case that differs, and ModelFileError when onnxruntime cannot run the file at all.
     """
     rng = np.random.default_rng(seed)
-    runtime = Runtime(model)
+    runtime = Runtime(content)
     worst, widest, num_cases = 0.0, TOLERANCE, 0
 
     def compare(case: Case, found: dict[str, Array], how: str) -> None:
@@ -64,60 +65,60 @@ def gate(net: Net, model: bytes, graph: GraphSpec, *, seed: int = 0) -> tuple[Pa
         num_cases += 1
 
     cases = [
-        make_case(net, graph, rng, rows=rows, longest=longest, has_state=has_state)
+        make_case(part, rng, rows=rows, longest=longest, has_state=has_state)
         for rows, longest in _SHAPES
         for has_state in (False, True)
     ]
     for case in cases:
         compare(case, runtime(case.inputs), "")
-    if not net.config.bidirectional:
-        whole = make_case(
-            net, graph, rng, rows=_CUT_SHAPE[0], longest=_CUT_SHAPE[1], shortest=max(_NUM_CHUNKS), has_state=True
-        )
+    if graph.is_causal and graph.fixed_steps is None:
+        rows, longest = _CUT_SHAPE
+        whole = make_case(part, rng, rows=rows, longest=longest, shortest=max(_NUM_CHUNKS), has_state=True)
         for num_chunks in _NUM_CHUNKS:
             cuts = random_cuts(rng, whole.lengths, num_chunks)
             compare(whole, run_in_chunks(runtime, graph, whole.inputs, cuts), f", in {num_chunks} chunks")
     # The smallest that are ragged, without and with initial states: they have to fit into the metadata.
-    golden = [case for case in cases if len(case.lengths) == 3][:_NUM_GOLDEN]
+    golden = [case for case in cases if len(case.lengths) == _GOLDEN_ROWS][:_NUM_GOLDEN]
     return Parity(max_abs_error=worst, tolerance=widest, num_cases=num_cases), tuple(map(_golden, golden))
 
 
 def make_case(
-    net: Net,
-    graph: GraphSpec,
-    rng: np.random.Generator,
-    *,
-    rows: int,
-    longest: int,
-    has_state: bool,
-    shortest: int = 1,
+    part: GraphModule, rng: np.random.Generator, *, rows: int, longest: int, has_state: bool, shortest: int = 1
 ) -> Case:
     """Draw inputs as the training data were spread, and ask torch.
 
-    Rows are ragged: the first is the longest, the last the shortest. Ids are any that the model takes. States are
-    zeros, or drawn from within the range that the cell can reach.
+    Rows are ragged: the first is the longest, the last the shortest; sources too, if there are any. Ids are any that
+    the module takes. States are zeros, or drawn.
     """
+    graph = part.spec
+    longest = min(longest, graph.fixed_steps or longest)
     lengths = rng.integers(shortest, longest, size=rows, endpoint=True).astype(np.int32)
     lengths[-1], lengths[0] = shortest, longest
-    inputs = {tensor.name: _drawn(net, tensor, rng, rows, longest) for tensor in graph.inputs} | {LENGTHS: lengths}
-    for name in net.state_names:
-        drawn = rng.uniform(-1.0, 1.0, (rows, *net.state_shape)) * has_state
-        inputs[name] = (np.abs(drawn) if net.config.activation == "relu" else drawn).astype(np.float32)
+    inputs: dict[str, Array] = {}
+    time = graph.fixed_steps or longest
+    for tensor in graph.inputs:
+        axes = {
+            Layout.PER_STEP: (rows, time),
+            Layout.PER_SEQUENCE: (rows,),
+            Layout.SHARED: (),
+            Layout.PER_SOURCE_STEP: (rows, _LONGEST_SOURCE),
+        }[tensor.layout]
+        inputs[tensor.name] = part.draw(rng, tensor, (*axes, *tensor.row_shape))
+    inputs[LENGTHS] = lengths
+    if graph.reads_source:
+        sources = rng.integers(1, _LONGEST_SOURCE, size=rows, endpoint=True).astype(np.int32)
+        sources[0] = _LONGEST_SOURCE
+        inputs[SOURCE_LENGTHS] = sources
+    for state in graph.states:
+        drawn = part.draw(rng, state, (rows, *state.row_shape))
+        inputs[state.name] = drawn if has_state else np.zeros_like(drawn)
     with torch.no_grad():
-        answers = net.eval()(*(torch.from_numpy(array) for array in inputs.values()))
-        exact = copy.deepcopy(net).double()(*(torch.from_numpy(_widened(array)) for array in inputs.values()))
-    names = ("y", *(f"{name}.next" for name in net.state_names))
+        answers = part.module.eval()(*(torch.from_numpy(array) for array in inputs.values()))
+        exact = copy.deepcopy(part.module).double()(*(torch.from_numpy(_widened(array)) for array in inputs.values()))
     about = f"{rows} rows of up to {longest} steps, {'nonzero' if has_state else 'zero'} initial states"
-    outputs = {name: answer.numpy() for name, answer in zip(names, answers, strict=True)}
-    exactly = {name: answer.numpy() for name, answer in zip(names, exact, strict=True)}
+    outputs = {name: answer.numpy() for name, answer in zip(graph.output_names, answers, strict=True)}
+    exactly = {name: answer.numpy() for name, answer in zip(graph.output_names, exact, strict=True)}
     return Case(about, inputs, outputs, _tolerance(graph, outputs, exactly, lengths))
-
-
-def _drawn(net: Net, tensor: TensorSpec, rng: np.random.Generator, rows: int, longest: int) -> Array:
-    if tensor.num_ids:
-        return rng.integers(tensor.num_ids, size=(rows, longest))
-    mean, scale = net.input_mean.numpy(), net.input_scale.numpy()
-    return (mean + scale * rng.standard_normal((rows, longest, len(mean)))).astype(np.float32)
 
 
 def _tolerance(graph: GraphSpec, answers: Named, exact: Named, lengths: Array) -> float:

@@ -2,12 +2,13 @@
 
 import functools
 
+import onnx
 import torch
 
 from models.export import export_net
 from models.nets import build
 from models.recipe import Recipe
-from models.spec import Training
+from models.spec import MODEL_FILE, Training
 from tests.models.conftest import make_task
 
 TRAINING = Training(task="sines", data_set="made up")
@@ -27,7 +28,8 @@ def exported_net(*, kind="classification", cell="gru", activation="tanh", bidire
     """A net, its model and its spec. Exporting takes a second, so tests share them: alter copies only."""
     task = make_task(kind=kind)
     net = make_net(task, cell=cell, activation=activation, bidirectional=bidirectional, layers=layers)
-    return net, *export_net(net, task, TRAINING)
+    files, spec = export_net(net, task, TRAINING)
+    return net, onnx.load_from_string(files[MODEL_FILE]), spec
 
 
 def node(model, op_type, number=0):

@@ -15,12 +15,13 @@ from onnx import numpy_helper
 import models.export
 from models import tasks
 from models.errors import ExportError, ParityError, RunError
-from models.export import export_net, export_run, next_version, to_onnx, write_version
+from models.export import export_net, export_run, next_version, write_version
+from models.graphs import to_onnx
 from models.modelfile import ModelFile
 from models.nets import FOLD_LIMIT
 from models.runs import Run
 from models.runtime import Runtime
-from models.spec import LENGTHS, METADATA_KEY, LayerSpec, Layout, StepMode, parse_spec
+from models.spec import LENGTHS, METADATA_KEY, MODEL_FILE, LayerSpec, Layout, StepMode, parse_spec
 from models.train import load_net
 from tests.models.conftest import make_task
 from tests.models.exports import TRAINING, exported_net, make_net, node
@@ -104,11 +105,11 @@ def test_outputs_that_nobody_reads_are_not_computed():
 
 
 def test_refused_file_is_not_written(vowels_run, tmp_path, monkeypatch):
-    def spoiled(net):
-        model = to_onnx(net)
+    def spoiled(part):
+        model, graph = to_onnx(part)
         [bias] = [each for each in model.graph.initializer if each.name == "layer.0.B"]
         bias.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(bias)), bias.name))
-        return model
+        return model, graph
 
     monkeypatch.setattr(models.export, "to_onnx", spoiled)
     with pytest.raises(ParityError):
@@ -125,7 +126,7 @@ def test_unwired_lengths_are_seen_before_any_number(monkeypatch):
     native = Recurrent._native
     monkeypatch.setattr(Recurrent, "_native", unwired)
     with pytest.raises(ExportError, match="sequence_lens is not wired to 'lengths'"):
-        to_onnx(make_net(make_task()))
+        to_onnx(*make_net(make_task()).graphs(make_task()))
 
 
 # The file
@@ -153,12 +154,10 @@ def test_client_sends_raw_units_and_gets_raw_units():
     with torch.no_grad():
         net.head.weight.zero_()
         net.head.bias.fill_(2.0)
-    model, spec = export_net(net, task, TRAINING)
+    files, spec = export_net(net, task, TRAINING)
     x = task.test.inputs[0][None, :50]
     lengths = np.array([50], np.int32)
-    y = Runtime(model.SerializeToString())({"x": x, LENGTHS: lengths, "state.0.h": np.zeros((1, 1, 6), np.float32)})[
-        "y"
-    ]
+    y = Runtime(files[MODEL_FILE])({"x": x, LENGTHS: lengths, "state.0.h": np.zeros((1, 1, 6), np.float32)})["y"]
     # The head says: up by two median hourly changes, everywhere.
     np.testing.assert_allclose(y, x[..., :1] + 2.0 * task.scaling().output_scale, rtol=1e-6)
     assert (spec.graph.inputs[0].unit, spec.graph.outputs[0].unit) == ("l/s, h", "l/s")
@@ -193,11 +192,11 @@ def test_file_says_nothing_of_the_machine_that_made_it(vowels_file):
 def test_versions_count_up(vowels_run, tmp_path):
     first = export_run(vowels_run, tmp_path)
     assert first.path == tmp_path / "vowels" / "1" / "model.onnx"
-    assert write_version(b"", tmp_path, "vowels", 7).parent.name == "7"
+    assert write_version({MODEL_FILE: b""}, tmp_path, "vowels", 7).parent.name == "7"
     second = export_run(vowels_run, tmp_path)
     assert second.path.parent.name == "8"
     assert second.path.read_bytes() == first.path.read_bytes()
-    assert write_version(b"", tmp_path, "other") == tmp_path / "other" / "1" / "model.onnx"
+    assert write_version({MODEL_FILE: b""}, tmp_path, "other") == tmp_path / "other" / "1" / "model.onnx"
     assert sorted(entry.name for entry in (tmp_path / "vowels").iterdir()) == ["1", "7", "8"]
     assert stat.S_IMODE(first.path.stat().st_mode) == 0o644
     assert stat.S_IMODE(first.path.parent.stat().st_mode) == 0o755
@@ -205,9 +204,9 @@ def test_versions_count_up(vowels_run, tmp_path):
 
 
 def test_version_that_exists_is_never_changed(tmp_path):
-    path = write_version(b"old", tmp_path, "m", 3)
+    path = write_version({MODEL_FILE: b"old"}, tmp_path, "m", 3)
     with pytest.raises(ExportError, match="3 exists; versions are never changed"):
-        write_version(b"new", tmp_path, "m", 3)
+        write_version({MODEL_FILE: b"new"}, tmp_path, "m", 3)
     assert path.read_bytes() == b"old"
     assert next_version(tmp_path / "m") == 4
     assert [entry.name for entry in (tmp_path / "m").iterdir()] == ["3"]
@@ -219,14 +218,14 @@ def test_version_that_exists_is_never_changed(tmp_path):
 )
 def test_names_and_versions_that_cannot_be(tmp_path, name, version, fault):
     with pytest.raises(ExportError, match=fault):
-        write_version(b"", tmp_path, name, version)
+        write_version({MODEL_FILE: b""}, tmp_path, name, version)
     assert not list(tmp_path.iterdir())
 
 
 def test_repository_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError, match="cannot write to"):
-        write_version(b"", tmp_path / "file", "m")
+        write_version({MODEL_FILE: b""}, tmp_path / "file", "m")
 
 
 def test_what_is_no_run_is_said(tmp_path):
@@ -248,6 +247,6 @@ def test_exporting_leaves_warnings_as_they_were(recwarn):
     import warnings
 
     before = list(warnings.filters)
-    to_onnx(make_net(make_task()))
+    to_onnx(*make_net(make_task()).graphs(make_task()))
     assert list(warnings.filters) == before
     assert not recwarn.list

@@ -16,7 +16,7 @@ from models.mixed import MixedNet, build
 from models.recipe import Recipe
 from models.runs import Run
 from models.runtime import Runtime
-from models.spec import LENGTHS, Layout, TensorSpec, Training
+from models.spec import LENGTHS, MODEL_FILE, Layout, TensorSpec, Training
 from models.tasks.base import Task
 from models.tasks.own import load
 from models.train import load_net, train
@@ -291,12 +291,12 @@ def test_a_category_is_the_row_of_its_table_beside_the_numbers(tmp_path, encodin
     with torch.no_grad():
         expected = net.core.scores(torch.from_numpy(joined), batch.lengths)
         assert torch.equal(score(net, batch, batch.x), expected)
-    model, spec = export_net(net, task, Training(task="data", data_set="made up"))
+    files, spec = export_net(net, task, Training(task="data", data_set="made up"))
     assert spec.graph.operators["Gather"] == 2
     lengths = batch.lengths.numpy()
     feeds = {"x": batch.x.numpy(), LENGTHS: lengths, "state.0.h": np.zeros((2, 1, 4), np.float32)}
     feeds |= {name: batch.ids[..., n].numpy() for n, name in enumerate(("weather", "promotion"))}
-    y = Runtime(model.SerializeToString())(feeds)["y"]
+    y = Runtime(files[MODEL_FILE])(feeds)["y"]
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(y[row, :length], expected[row, :length], rtol=1e-5, atol=1e-5)
 
