@@ -1,7 +1,9 @@
 """The data that ships, its splits, and how answers are judged."""
 
+import io
 import subprocess
 import sys
+import tarfile
 import zipfile
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -41,7 +43,7 @@ def test_unknown_task_names_the_known_ones():
 # The files that ship
 
 
-@pytest.mark.parametrize("name", tasks.NAMES)
+@pytest.mark.parametrize("name", make.SOURCES)
 def test_data_is_what_the_package_held(name):
     assert digest(read(name)) == make.SOURCES[name].sha256
 
@@ -72,11 +74,41 @@ def waterflow_wheel(path, *, louder=0.0):
         wheel.writestr("river/datasets/water-flow.csv", "\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize(("name", "write"), [("vowels", vowels_wheel), ("waterflow", waterflow_wheel)])
-def test_script_makes_the_same_data_again(tmp_path, name, write):
-    wheel = tmp_path / "package.whl"
-    write(wheel)
-    done = CliRunner().invoke(make.main, [name, "--check", "--wheel", str(wheel)])
+def names_source(path):
+    """Write the data as the source of the package `names` holds them."""
+    arrays = read("names")
+    with tarfile.open(path, "w:gz") as source:
+        for label in ("female", "male"):
+            pairs = zip(arrays[f"{label}_names"], arrays[f"{label}_percent"], strict=True)
+            lines = [f"{name.decode():14} {percent:.3f} {0:6.3f} {i:6}" for i, (name, percent) in enumerate(pairs, 1)]
+            content = ("\n".join(lines) + "\n").encode()
+            member = tarfile.TarInfo(f"names-0.3.0/names/dist.{label}.first")
+            member.size = len(content)
+            source.addfile(member, io.BytesIO(content))
+
+
+def prices_wheel(path):
+    """Write the data as river's wheel holds them."""
+    arrays = read("prices")
+    days = (datetime.fromtimestamp(int(utc_s), UTC) for utc_s in arrays["utc_s"])
+    lines = [f"{day:%m/%d/%Y},{price:g}" for day, price in zip(days, arrays["price"], strict=True)]
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("river/drift/datasets/brent_crude_oil.csv", "\n".join(["day,DPB", *lines]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "suffix"),
+    [
+        ("vowels", vowels_wheel, ".whl"),
+        ("waterflow", waterflow_wheel, ".whl"),
+        ("names", names_source, ".tar.gz"),
+        ("prices", prices_wheel, ".whl"),
+    ],
+)
+def test_script_makes_the_same_data_again(tmp_path, name, write, suffix):
+    package = tmp_path / f"package{suffix}"
+    write(package)
+    done = CliRunner().invoke(make.main, [name, "--check", "--package", str(package)])
     assert done.exit_code == 0, done.output
     assert done.output.startswith(f"{name}: {make.SOURCES[name].package}")
 
