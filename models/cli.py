@@ -108,10 +108,9 @@ def train(
         f"parameters; {metrics['epochs']} epochs in {metrics['train_seconds']:.1f} s, the best was epoch "
         f"{metrics['best_epoch']}"
     )
-    unit = chosen.output.unit if chosen.kind == "regression" else ""
     for split in ("validation", "test"):
         for name, baseline in metrics["baseline"][split].items():
-            score = f"{name} {metrics[split][name]:.4f} {unit}".rstrip()
+            score = f"{name} {metrics[split][name]:.4f} {chosen.score_unit}".rstrip()
             click.echo(f"  {split:<10}  {score}  ({metrics['baseline']['name']}: {baseline:.4f})")
     click.echo(f"next: rnnserve export {out} --repository repository")
 

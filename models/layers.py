@@ -83,17 +83,18 @@ class Recurrent(nn.Module):
         y, _ = pad_packed_sequence(packed_y, total_length=x.shape[0])
         return y, tuple(state.transpose(0, 1) for state in (last if self.cell == "lstm" else (last,)))
 
-    def outputs(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Run from the zero state for the outputs alone, as training does.
+    def outputs(self, x: Tensor, lengths: Tensor, states: tuple[Tensor, ...] = ()) -> Tensor:
+        """Run for the outputs alone, as training does, from zero states unless others are given.
 
-        x [time, batch, inputs], lengths [batch] int; returns y as `forward` does.
+        x [time, batch, inputs], lengths [batch] int, states and y as `forward` has them.
         A causal layer needs no packing for them, which makes it up to five times as fast on a CPU.
         """
         if self.directions == 1:
-            y: Tensor = self.rnn(x)[0]
+            first = tuple(state.transpose(0, 1).contiguous() for state in states)
+            y: Tensor = self.rnn(x, (first if self.cell == "lstm" else first[0]) if first else None)[0]
             return y
         zero = x.new_zeros(x.shape[1], self.directions, self.hidden)
-        return self.forward(x, lengths, (zero,) * len(STATES[self.cell]))[0]
+        return self.forward(x, lengths, states or (zero,) * len(STATES[self.cell]))[0]
 
     def native_weights(self) -> tuple[Array, Array, Array]:
         """Arrange the weights as the operator takes them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from models.recipe import Recipe
-from models.spec import Layout, TensorSpec, Topology
+from models.spec import Generation, Layout, TensorSpec, Topology
 
 Array = np.ndarray[Any, Any]
 DATA = Path(__file__).parent / "data"
@@ -74,8 +75,8 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Task:
-    """Real data and what it asks of a model."""
+class BaseTask(ABC):
+    """Real data and what it asks of a model: what every kind of task says."""
 
     name: str
     """What the command line calls it."""
@@ -83,36 +84,61 @@ class Task:
     """One line for people."""
     topology: Topology
     """Shape of input and output over time."""
-    kind: Literal["classification", "regression"]
-    """Classes with probabilities, or values in their units."""
     data_set: str
     """Name and source of the data."""
     license: str
     """Licence of the data."""
+    output: TensorSpec
+    """The output of the graph that answers, as a causal model gives it: one row per step."""
+    labels: tuple[str, ...] = ()
+    """Class labels, by class."""
+    vocabulary: tuple[str, ...] = ()
+    """What the ids that a model generates stand for, by id."""
+    generation: Generation | None = None
+    """How outputs are made one after another; None where inputs come step by step."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that it was made by from a data file of one's own; empty for a task that ships."""
+    recipe: Recipe
+    """Default settings of a run."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs of the graph that answers, in the order that a net takes them."""
+
+    @property
+    @abstractmethod
+    def described(self) -> str:
+        """What it is, in a line for people."""
+
+    @property
+    def score_unit(self) -> str:
+        """Unit of the metrics; empty where they have none."""
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task(BaseTask):
+    """Sequences whose every step is given, and what is asked of each: one answer, or one at every step."""
+
+    kind: Literal["classification", "regression"]
+    """Classes with probabilities, or values in their units."""
     input: TensorSpec | None
     """The per-step input of numbers; None where every feature is a category."""
     categorical: tuple[Categorical, ...] = ()
     """Per-step inputs of category ids."""
-    output: TensorSpec
-    """The output, as a causal model gives it: one row per step."""
-    labels: tuple[str, ...] = ()
-    """Class labels, by class."""
     class_weights: tuple[float, ...] = ()
     """Weight of each class in the loss; empty: all the same."""
     changes_of: tuple[int, ...] = ()
     """Input features whose change the head predicts, so that answering "no change" costs nothing; empty: none."""
     looks_ahead: str = ""
     """Why a backward layer would read the answer off the input; empty where it would not."""
-    source: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that it was made by from a data file of one's own; empty for a task that ships."""
     train: Split
     """What weights and statistics are fitted to."""
     validation: Split
     """What chooses the epoch and every setting."""
     test: Split
     """Evaluated once, when training is over."""
-    recipe: Recipe
-    """Default settings of a run."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -147,6 +173,11 @@ class Task:
             f"{self.summary} ({what}) from {' and '.join(inputs)} a step; sequences of {lengths.min()} to "
             f"{lengths.max()} steps: {counts} to train, validate and test on"
         )
+
+    @property
+    def score_unit(self) -> str:
+        """Unit of the metrics."""
+        return "" if self.is_classification else self.output.unit
 
     @property
     def num_outputs(self) -> int:
@@ -296,8 +327,8 @@ def digest(arrays: Mapping[str, Array]) -> str:
 
 
 def pad(sequences: Sequence[Array]) -> Array:
-    """Stack sequences [length, width] into [num_sequences, longest, width], with zeros at the ends."""
-    stacked = np.zeros((len(sequences), max(map(len, sequences)), sequences[0].shape[1]), dtype=sequences[0].dtype)
+    """Stack sequences [length, *row] into [num_sequences, longest, *row], with zeros at the ends."""
+    stacked = np.zeros((len(sequences), max(map(len, sequences)), *sequences[0].shape[1:]), dtype=sequences[0].dtype)
     for row, sequence in zip(stacked, sequences, strict=True):
         row[: len(sequence)] = sequence
     return stacked

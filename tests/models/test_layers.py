@@ -77,11 +77,13 @@ def test_padding_changes_nothing(layer):
         np.testing.assert_array_equal(state, same)
 
 
-def test_outputs_for_training_are_those_of_forward(layer):
-    x, states = random_inputs(layer, zero=True)
+@pytest.mark.parametrize("begins", ["zero", "given"])
+def test_outputs_for_training_are_those_of_forward(layer, begins):
+    x, states = random_inputs(layer, zero=begins == "zero")
     y, _ = run(layer, x, LENGTHS, states)
+    steps, first = torch.from_numpy(x).transpose(0, 1), tuple(map(torch.from_numpy, states)) * (begins == "given")
     with torch.no_grad():
-        quick = layer.outputs(torch.from_numpy(x).transpose(0, 1), torch.from_numpy(LENGTHS)).transpose(0, 1).numpy()
+        quick = layer.outputs(steps, torch.from_numpy(LENGTHS), first).transpose(0, 1).numpy()
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(quick[row, :length], y[row, :length], atol=1e-6)
 
