@@ -29,12 +29,17 @@ class Split:
     """Each a class, shape () int64 or [length]; or values in raw units, [outputs] float32 or [length, outputs]."""
     ids: tuple[Array, ...] = ()
     """Each [length, categorical features] int64; empty where the task has none."""
+    rivals: Mapping[str, Sequence[Array]] = field(default_factory=dict)
+    """What simple methods answer, by their names: one answer per sequence, as a net's is judged."""
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"{len(self.inputs)} inputs, but {len(self.targets)} targets")
         if self.ids and len(self.inputs) != len(self.ids):
             raise ValueError(f"{len(self.inputs)} inputs, but {len(self.ids)} of categories")
+        for name, answers in self.rivals.items():
+            if len(self.inputs) != len(answers):
+                raise ValueError(f"{len(self.inputs)} inputs, but {len(answers)} answers of {name}")
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -228,8 +233,26 @@ class Task(BaseTask):
         errors = (given - asked).astype(np.float64)
         return {"mae": float(np.abs(errors).mean()), "rmse": float(np.sqrt((errors**2).mean()))}
 
+    @property
+    def metric(self) -> str:
+        """The metric that counts most: the more accuracy, or the less mae, the better."""
+        if not self.is_classification:
+            return "mae"
+        return "balanced_accuracy" if self.class_weights else "accuracy"
+
     def baseline(self, split: Split) -> tuple[str, dict[str, float]]:
-        """Score what needs no recurrent net: its description, and the metrics of `judge`."""
+        """Score the best of `baselines`, as the validation split has it: its name, and the metrics of `judge`."""
+        of_validation = self.baselines(self.validation)
+        best = max if self.is_classification else min
+        name = best(of_validation, key=lambda each: of_validation[each][self.metric])
+        return name, self.baselines(split)[name]
+
+    def baselines(self, split: Split) -> dict[str, dict[str, float]]:
+        """Score what needs no recurrent net: the metrics of `judge` by the name of each method."""
+        name, scores = self._plain_baseline(split)
+        return {name: scores} | {name: self.judge(split, list(each)) for name, each in split.rivals.items()}
+
+    def _plain_baseline(self, split: Split) -> tuple[str, dict[str, float]]:
         if self.changes_of:
             return "persistence: no change", self.judge(split, [x[:, list(self.changes_of)] for x in split.inputs])
         if self.is_classification and self.one_answer and self.num_features:

@@ -6,7 +6,9 @@ unbroken run is a sequence of its own, as a client would begin a new one. In tra
 overlapping two-day windows.
 
 The flow follows the time of day, so the hour is an input too. The answer is the present flow plus a change that the
-head predicts: the flow barely moves from hour to hour, and "no change" is hard to beat.
+head predicts: the flow barely moves from hour to hour, and "no change" is hard to beat. Two more rivals know yesterday:
+the flow at the same hour, and the present flow with yesterday's change. Where an hour that they need is missing, they
+answer "no change", so that all are judged by the same hours.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from models.recipe import Recipe
 from models.tasks.base import Array, Split, Task, per_step, read
 
 HOUR_S = 3600
+DAY_H = 24
 WINDOW_H = 48
 """Hours that a training sequence answers for."""
 STRIDE_H = 12
@@ -26,11 +29,16 @@ STRIDE_H = 12
 def task() -> Task:
     """Load the task."""
     arrays = read("waterflow")
-    hour = (arrays["utc_s"] + arrays["utc_offset_s"]) / HOUR_S % 24
+    hour = (arrays["utc_s"] + arrays["utc_offset_s"]) / HOUR_S % DAY_H
     steps = np.stack([arrays["flow"], hour], axis=1).astype(np.float32)
     first, second = (len(steps) * 6) // 10, (len(steps) * 8) // 10
-    parts = [slice(0, first), slice(first, second), slice(second, None)]
-    train, validation, test = (_unbroken(arrays["utc_s"][part], steps[part]) for part in parts)
+    rivals = _rivals(arrays["utc_s"], arrays["flow"])
+
+    def whole(part: slice) -> Split:
+        runs = _unbroken(arrays["utc_s"][part], steps[part])
+        answers = {name: _unbroken(arrays["utc_s"][part], rival[part]) for name, rival in rivals.items()}
+        return _asked(runs, {name: tuple(run[:-1] for run in each) for name, each in answers.items()})
+
     return Task(
         name="waterflow",
         summary="the flow through a water pipe an hour from now, at every hour",
@@ -47,11 +55,24 @@ def task() -> Task:
         output=per_step("y", ("flow",), unit="l/s", description="flow in the next hour"),
         changes_of=(0,),
         looks_ahead="the flow it is asked for is the next step's input",
-        train=_asked(_windows(train)),
-        validation=_asked(validation),
-        test=_asked(test),
+        train=_asked(_windows(_unbroken(arrays["utc_s"][:first], steps[:first])), {}),
+        validation=whole(slice(first, second)),
+        test=whole(slice(second, None)),
         recipe=Recipe(hidden=32, batch_size=16, lr=5e-3, epochs=150, patience=30),
     )
+
+
+def _rivals(utc_s: Array, flow: Array) -> dict[str, Array]:
+    """What forecasts that know yesterday say at every hour of the next one, [hours, 1] each."""
+    known = dict(zip(utc_s.tolist(), flow.tolist(), strict=True))
+    hours = [(now, known.get(now - (DAY_H - 1) * HOUR_S), known.get(now - DAY_H * HOUR_S)) for now in utc_s.tolist()]
+    forecasts = {
+        "the same hour yesterday": [known[now] if after is None else after for now, after, _ in hours],
+        "the present flow and yesterday's change": [
+            known[now] + (0.0 if after is None or before is None else after - before) for now, after, before in hours
+        ],
+    }
+    return {name: np.array(each, dtype=np.float32)[:, None] for name, each in forecasts.items()}
 
 
 def _unbroken(utc_s: Array, steps: Array) -> list[Array]:
@@ -70,6 +91,6 @@ def _windows(runs: list[Array]) -> list[Array]:
     return windows
 
 
-def _asked(runs: list[Array]) -> Split:
+def _asked(runs: list[Array], rivals: dict[str, tuple[Array, ...]]) -> Split:
     """Ask at every hour for the flow of the next."""
-    return Split(tuple(run[:-1] for run in runs), tuple(run[1:, :1] for run in runs))
+    return Split(tuple(run[:-1] for run in runs), tuple(run[1:, :1] for run in runs), rivals=rivals)

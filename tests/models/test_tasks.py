@@ -1,5 +1,6 @@
 """The data that ships, its splits, and how answers are judged."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from models import tasks
 from models.errors import DataError, RecipeError, UnknownTask
 from models.recipe import Recipe
 from models.tasks import make
-from models.tasks.base import digest, pad, read
+from models.tasks.base import Split, digest, pad, read
 from tests.models.conftest import make_task
 
 
@@ -201,6 +202,48 @@ def test_baselines(vowels, waterflow):
     assert name.startswith("persistence")
     assert scores["mae"] == pytest.approx(np.abs(changes).mean(), rel=1e-5)
     assert vowels.baseline(vowels.test)[1]["accuracy"] == pytest.approx(335 / 370)
+
+
+def test_waterflow_is_judged_beside_forecasts_that_know_yesterday(waterflow):
+    arrays = read("waterflow")
+    at = {int(second) // 3600: float(flow) for second, flow in zip(arrays["utc_s"], arrays["flow"], strict=True)}
+    first = int(arrays["utc_s"][1014]) // 3600
+    errors = {
+        "persistence: no change": [],
+        "the same hour yesterday": [],
+        "the present flow and yesterday's change": [],
+    }
+    for hour in sorted(at):
+        if hour < first or hour + 1 not in at:
+            continue
+        yesterday, before = at.get(hour - 23), at.get(hour - 24)
+        both = yesterday is not None and before is not None
+        forecasts = (at[hour], yesterday or at[hour], at[hour] + (yesterday - before if both else 0.0))
+        for each, forecast in zip(errors.values(), forecasts, strict=True):
+            each.append(abs(forecast - at[hour + 1]))
+    found = waterflow.baselines(waterflow.test)
+    assert list(found) == list(errors)
+    for name, each in errors.items():
+        assert len(each) == 247
+        assert found[name]["mae"] == pytest.approx(np.mean(each), rel=1e-4), name
+    assert [round(each["mae"], 3) for each in found.values()] == [0.209, 0.373, 0.164]
+
+
+def test_the_baseline_is_the_one_that_does_best_on_the_validation_split(waterflow):
+    task = make_task()
+    right = tuple(np.eye(3)[int(t)] for t in task.validation.targets)
+    wrong = tuple(np.roll(each, 1) for each in right)
+    split = dataclasses.replace(task.validation, rivals={"wrong": wrong, "right": right})
+    knowing = dataclasses.replace(task, validation=split, test=split)
+    assert knowing.baseline(knowing.test) == ("right", {"accuracy": 1.0})
+    assert list(knowing.baselines(knowing.test)) == ["nearest class by the mean step", "wrong", "right"]
+    # Less is better there: an outage in the validation hours is worst for those who expect it again.
+    assert waterflow.baseline(waterflow.test)[0] == "persistence: no change"
+
+
+def test_every_sequence_needs_an_answer_of_a_rival():
+    with pytest.raises(ValueError, match="1 inputs, but 0 answers of guess"):
+        Split((np.zeros((2, 1), np.float32),), (np.zeros(1, np.float32),), rivals={"guess": ()})
 
 
 def test_pad_puts_zeros_at_the_ends():
