@@ -96,6 +96,8 @@ class Settings(BaseSettings):
     """Longest that a session may ask to outlive its connection."""
     session_idle_s: Seconds = 0.0
     """Time after which a session without steps is ended, though its client is connected; 0 never ends it."""
+    sequence_idle_s: Seconds = 60.0
+    """Time after which a sequence of the Open Inference Protocol without requests is ended; 0 never ends it."""
     non_finite: Literal["reject", "pass"] = "reject"
     """What to do with NaN and infinity in inputs: refuse the step, or let the model have them."""
 

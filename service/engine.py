@@ -101,8 +101,12 @@ class Engine:
             raise Unavailable("this server is stopping: use another one, or try again after a while", retry_after_s=1.0)
 
     def attach(self, link: Link) -> None:
-        """Count a stream, until it is dropped."""
+        """Count a stream, until it is detached or dropped."""
         self._links.add(link)
+
+    def detach(self, link: Link) -> None:
+        """Count a stream no more, whose sessions, if it has any, go on."""
+        self._links.discard(link)
 
     def submit(self, lane: Lane, steps: Steps) -> None:
         """Take steps of live sessions; their answers come to the link as events."""

@@ -17,6 +17,7 @@
     |   +-- SpillFailed           states of idle sessions can't be moved out of memory
     +-- StepAborted               queued behind a step that was rejected
     +-- DeadlineExpired           its time ran out before it was run
+    +-- Unimplemented             a call, or a part of one, that this server does not have
     +-- Unavailable               the server is draining
     |   +-- SessionBusy           another worker holds the session and has steps of it to finish
     +-- ConfigError               a setting that can't work (start-up)
@@ -186,6 +187,13 @@ class DeadlineExpired(ServiceError):
 
     code = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXPIRED"
+
+
+class Unimplemented(ServiceError):
+    """A call, or a part of one, that this server does not have. The message says what to do instead."""
+
+    code = "UNIMPLEMENTED"
+    reason = "UNIMPLEMENTED"
 
 
 class Unavailable(ServiceError):

@@ -151,7 +151,7 @@ class Lane:
         if inputs := self.gathered.take(session):
             self.scheduler.submit([session.slot], [len(inputs[0])], [0], inputs)
         if not self.scheduler.is_busy(session.slot):
-            self._end(session, SessionState.CLOSED)
+            self.end(session, SessionState.CLOSED)
 
     def finish(self, link: Link, now: float) -> None:
         """The client has sent all: close every session once it is answered, or detach it if it lingers."""
@@ -187,7 +187,7 @@ class Lane:
         """Free a session whose connection is gone, or detach it if it lingers."""
         session.link.members.discard(session)
         if not self.sessions.detach(session, now):
-            self._end(session, SessionState.CLOSED)
+            self.end(session, SessionState.CLOSED)
 
     def expire(self, now: float) -> None:
         """End sessions that are past their linger or idle limit."""
@@ -220,7 +220,7 @@ class Lane:
         link.members.discard(session)
         link.sink(closed)
 
-    def _end(self, session: Session, state: SessionState) -> None:
+    def end(self, session: Session, state: SessionState) -> None:
         """End a session and free its slot: at once, or when the run that holds it completes."""
         link: Link | None = session.link
         if link is not None:
@@ -241,7 +241,7 @@ class Lane:
             self.tally.count_rejected(error.reason)
             lost = session.expected - session.applied
             link.sink(StepsFailed(session.handle, session.applied, lost, error, session.applied, is_over=True))
-        self._end(session, state)
+        self.end(session, state)
 
     # ---- steps in ---------------------------------------------------------------------------------------------------
 
@@ -350,7 +350,7 @@ class Lane:
                 link.sink(answer)
         for session in ending:
             if not self.scheduler.is_busy(session.slot):
-                self._end(session, SessionState.CLOSED)
+                self.end(session, SessionState.CLOSED)
         if self._detaching:
             for session in [s for s in self._detaching if not self.scheduler.is_busy(s.slot)]:
                 self._detach(session, now)
@@ -381,7 +381,7 @@ class Lane:
                 self._tell_failed(session, position, count, error)
             position += count
         if session.state is SessionState.DRAINING:
-            self._end(session, SessionState.CLOSED)
+            self.end(session, SessionState.CLOSED)
         elif session in self._detaching:
             self._detach(session, now)
 

@@ -21,6 +21,8 @@ from service.repository import Broken, Loaded
 from service.rpc.handoff import Handoff
 from service.rpc.interceptors import ErrorInterceptor
 from service.rpc.native import SERVICE_NAME, SequenceServicer
+from service.rpc.oip.servicer import SERVICE_NAME as INFERENCE_NAME
+from service.rpc.oip.servicer import InferenceServicer
 from service.rpc.peers import Peer, Place
 from service.telemetry import registry_of
 from service.web.app import make_app
@@ -55,6 +57,7 @@ class Server:
         if place is not None:
             self._handoff = Handoff(self.engine, [Peer(each.path) for each in place.siblings], place.index)
         self._native = SequenceServicer(self.engine, loaded.broken, self._handoff)
+        self._inference = InferenceServicer(self.engine, loaded.broken)
         self._grpc: grpc.aio.Server | None = None
         self._http: web.AppRunner | None = None
 
@@ -73,10 +76,14 @@ class Server:
             ],
         )
         self._grpc.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE_NAME, self._native.handlers()),)
+            (
+                grpc.method_handlers_generic_handler(SERVICE_NAME, self._native.handlers()),
+                grpc.method_handlers_generic_handler(INFERENCE_NAME, self._inference.handlers()),
+            )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._grpc)
+        services = (SERVICE_NAME, INFERENCE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, self._grpc)
         self.port = self._bind(self._grpc)
         self.engine.start()
         await self._start_http()
@@ -132,6 +139,7 @@ class Server:
         names = {
             "",
             SERVICE_NAME,
+            INFERENCE_NAME,
             *(lane.name for lane in lanes),
             *(f"{lane.name}/{lane.version}" for lane in lanes),
         }

@@ -1,0 +1,73 @@
+"""What the Open Inference Protocol tells of models: metadata, and configurations in Triton's form.
+
+States and `lengths` are not listed, though a request may give them: load testers make up values for all that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from models.spec import Layout, TensorSpec
+from service.lane import Lane
+from service.pb.inference import inference_pb2 as pb
+from service.policies import Priority
+from service.repository import Broken
+from service.rpc.oip.tensors import DATATYPES
+
+PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
+EXTENSIONS = ("sequence", "schedule_policy", "model_configuration", "statistics", "parameters", "binary_tensor_data")
+"""Triton's, that are there."""
+READY, UNAVAILABLE = "READY", "UNAVAILABLE"
+ANY = -1
+"""A dimension of any size."""
+
+
+def metadata_of(lane: Lane, versions: Sequence[int]) -> pb.ModelMetadataResponse:
+    """Describe the tensors of a model version."""
+    message = pb.ModelMetadataResponse(
+        name=lane.name, versions=[str(version) for version in versions], platform=PLATFORM
+    )
+    for tensor in lane.graph.inputs:
+        message.inputs.add(name=tensor.name, datatype=DATATYPES[tensor.dtype], shape=(ANY, *_dims(tensor)))
+    for tensor in lane.graph.outputs:
+        message.outputs.add(name=tensor.name, datatype=DATATYPES[tensor.dtype], shape=(ANY, *_dims(tensor)))
+    return message
+
+
+def config_of(lane: Lane) -> pb.ModelConfig:
+    """Describe how a model version is served."""
+    settings = lane.settings
+    config = pb.ModelConfig(
+        name=lane.name, platform=PLATFORM, backend=BACKEND, max_batch_size=lane.scheduler.config.max_rows
+    )
+    for tensor in lane.graph.inputs:
+        config.input.add(name=tensor.name, data_type=_data_type(tensor.dtype), dims=_dims(tensor))
+    for tensor in lane.graph.outputs:
+        config.output.add(name=tensor.name, data_type=_data_type(tensor.dtype), dims=_dims(tensor))
+    if lane.is_whole:
+        config.dynamic_batching.priority_levels = len(Priority)
+        config.dynamic_batching.default_priority_level = Priority.NORMAL + 1  # they count from 1
+    else:
+        config.sequence_batching.max_sequence_idle_microseconds = int(settings.sequence_idle_s * 1e6)
+        config.sequence_batching.oldest.max_candidate_sequences = settings.max_sessions
+    return config
+
+
+def index_of(lanes: Sequence[Lane], broken: Sequence[Broken], *, is_ready: bool) -> pb.RepositoryIndexResponse:
+    """List model versions; is_ready: only those that are served."""
+    entries = [(lane.name, lane.version, READY, "") for lane in lanes]
+    if not is_ready:
+        entries += [(each.name, each.version, UNAVAILABLE, str(each.error)) for each in broken]
+    response = pb.RepositoryIndexResponse()
+    for name, version, state, reason in sorted(entries):
+        response.models.add(name=name, version=str(version or ""), state=state, reason=reason)
+    return response
+
+
+def _dims(tensor: TensorSpec) -> tuple[int, ...]:
+    """Shape of a tensor without the batch."""
+    return (*((ANY,) if tensor.layout is Layout.PER_STEP else ()), *tensor.row_shape) or (1,)
+
+
+def _data_type(dtype: str) -> pb.DataType:
+    return pb.DataType.Value(f"TYPE_{DATATYPES[dtype]}")  # type: ignore[return-value]  # values are ints

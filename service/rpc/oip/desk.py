@@ -1,0 +1,147 @@
+"""Takes requests of the Open Inference Protocol in: to live sequences, or as whole ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from models.spec import StepMode
+from service.engine import Engine
+from service.errors import DeadlineExpired, InvalidInput, NotSteppable, ServiceError, ShapeMismatch
+from service.events import NEVER
+from service.lane import Lane
+from service.pb.inference import inference_pb2 as pb
+from service.predict import Sequences
+from service.rpc.oip.inference import Counts, Inference
+from service.rpc.oip.options import Options, read_options
+from service.rpc.oip.sequences import Key, SequenceTable
+from service.rpc.oip.tensors import Given, InferPlan
+
+log = logging.getLogger(__name__)
+
+
+class Desk:
+    """Where requests of every call come in."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._plans: dict[Lane, tuple[InferPlan, Counts]] = {}
+        self._sequences = SequenceTable(engine)
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself would forget them
+
+    def lane(self, model: str, version: str) -> Lane:
+        """Find a served model version. Raises ModelNotFound, and InvalidInput for a version that is no number."""
+        if version and not (version.isascii() and version.isdecimal()):
+            raise InvalidInput(f"version {version!r}: expected a number, or nothing for the newest", field="version")
+        return self._engine.lane(model, int(version or 0))
+
+    def plan(self, lane: Lane) -> tuple[InferPlan, Counts]:
+        """Plan and counts of a model version, made once."""
+        known = self._plans.get(lane)
+        if known is None:
+            plan = InferPlan(lane)
+            known = self._plans[lane] = plan, Counts(plan)
+        return known
+
+    def submit(self, request: pb.ModelInferRequest, inference: Inference) -> None:
+        """Take a request; the inference tells its answer, or why there is none: at once, or later."""
+        try:
+            options = read_options(request.parameters)
+            if options.sequence_id:
+                self._step(request, options, inference)
+            else:
+                lane = self.lane(request.model_name, request.model_version)
+                self._predict(request, options, inference, lane)
+        except ServiceError as error:
+            inference.fail(error)
+
+    # ---- steps of live sequences ------------------------------------------------------------------------------------
+
+    def _step(self, request: pb.ModelInferRequest, options: Options, inference: Inference) -> None:
+        key: Key = (request.model_name, request.model_version, options.sequence_id)
+        sequence = None if options.is_start else self._sequences.find(key)
+        if sequence is None:
+            lane = self.lane(request.model_name, request.model_version)
+            if lane.is_whole and options.is_start and options.is_end:
+                self._predict(request, options, inference, lane)
+                return
+            _check_steppable(lane)
+            plan, counts = self.plan(lane)
+            if not options.is_start:
+                sequence = self._sequences.find_spelled(key, plan)
+        else:
+            plan, counts = self.plan(sequence.plan.lane)
+        given = plan.read(request)
+        inference.begin(plan, counts, plan.pick_outputs(request), wants_final=options.wants_final)
+        _check_one_sequence(given)
+        if sequence is None:
+            self._engine.check_open()
+            sequence = self._sequences.begin(key, plan, options.priority)
+        if options.is_end:
+            self._sequences.leave(sequence)
+        sequence.submit(self._engine, inference, given, options)
+
+    # ---- whole sequences --------------------------------------------------------------------------------------------
+
+    def _predict(self, request: pb.ModelInferRequest, options: Options, inference: Inference, lane: Lane) -> None:
+        if lane.step_mode is StepMode.GENERATIVE:
+            raise NotSteppable(f"{lane.name} can't be called by this protocol: {lane.step_mode_reason}")
+        plan, counts = self.plan(lane)
+        given = plan.read(request)
+        outputs = plan.pick_outputs(request, with_states=True)
+        inference.begin(plan, counts, outputs, wants_final=options.wants_final)
+        sequences = Sequences(
+            inputs=plan.rows(given),
+            lengths=given.all_lengths,
+            states=[given.states.get(name) for name in plan.states],
+            outputs=[index for index in outputs if index < len(plan.outputs)],
+            return_state=any(index >= len(plan.outputs) for index in outputs),
+            priority=options.priority,
+        )
+        inference.num_bytes += plan.step_bytes * given.form.num_steps * (given.form.num_sequences or 1)
+        inference.task = asyncio.create_task(self._run(plan.lane, sequences, given, options, inference))
+        self._tasks.add(inference.task)
+        inference.task.add_done_callback(self._tasks.discard)
+
+    async def _run(
+        self, lane: Lane, sequences: Sequences, given: Given, options: Options, inference: Inference
+    ) -> None:
+        try:
+            async with asyncio.timeout(None if options.timeout_s == NEVER else options.timeout_s):
+                prediction = await self._engine.predict(lane, sequences)
+        except TimeoutError:
+            inference.fail(DeadlineExpired(f"no answer within the request's timeout, {options.timeout_s:g} s"))
+        except ServiceError as error:
+            inference.fail(error)
+        except Exception:
+            log.exception("a bug ended a request")
+            inference.fail(ServiceError("the server failed; its log says how"))
+        else:
+            inference.answer(given, prediction)
+
+
+def _check_steppable(lane: Lane) -> None:
+    if lane.step_mode in (StepMode.BUFFERED, StepMode.GENERATIVE):
+        advice = (
+            "; send the whole sequence in one request without sequence_id"
+            if lane.step_mode is StepMode.BUFFERED
+            else ""
+        )
+        raise NotSteppable(
+            f"{lane.name} can't be stepped: {lane.step_mode_reason}{advice}", field="parameters.sequence_id"
+        )
+
+
+def _check_one_sequence(given: Given) -> None:
+    if given.num_sequences != 1:
+        raise ShapeMismatch(
+            f"a request with a sequence_id has {given.num_sequences} sequences: expected 1; send each with its own "
+            "sequence_id, or whole ones without",
+            field="inputs",
+        )
+    if given.states:
+        raise InvalidInput(
+            f"{next(iter(given.states))}: the server keeps the states of a sequence; leave them out, or leave "
+            "sequence_id out and keep them yourself",
+            field="inputs",
+        )
