@@ -13,7 +13,7 @@ from models.tasks.base import Scaling, Split, Task
 from models.tasks.own import load as load_own
 from models.tasks.settings import DataSettings
 
-NAMES = ("vowels", "waterflow")
+NAMES = ("vowels", "waterflow", "names")
 """Tasks that ship, each a module of this package with a function `task`."""
 
 __all__ = ["NAMES", "DataSettings", "Scaling", "Split", "Task", "load", "load_own"]

@@ -38,6 +38,9 @@ priority_option = click.option(
     show_default=True,
     help="Which work of the model goes first.",
 )
+text_option = click.option(
+    "--text", "is_text", is_flag=True, help="What stands for a FILE is a text itself, a character a timestep."
+)
 
 
 def server_options(command: F) -> F:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.client._cli_options import client_of, priority_option, server_options
+from service.client._cli_options import client_of, priority_option, server_options, text_option
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -28,6 +28,7 @@ CALL_BYTES = 8 * 1024 * 1024
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a sequence.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the outputs to an .npz file.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Longest time for each call.")
+@text_option
 @priority_option
 @server_options
 def predict(
@@ -40,19 +41,25 @@ def predict(
     *,
     last: bool,
     as_json: bool,
+    is_text: bool,
     **options: Any,
 ) -> None:
     """Run whole sequences through MODEL and print what it says of each.
 
     A .npy file holds one sequence [time, features] or several of one length; .npz one for each name in it; any other
-    FILE is CSV or JSON lines with a timestep a line, and - is standard input. Prints the label and its probability for
-    a classifier, else the values of every step: name, step, values, with tabs between.
+    FILE is CSV or JSON lines with a timestep a line, and - is standard input; under --text it is a text, such as Mary.
+    Prints the label and its probability for a classifier, else the values of every step: name, step, values, with tabs
+    between.
     """
-    from service.client._files import read_sequences
+    from service.client._files import read_sequences, read_text
 
     with client_of(options) as client:
         info = client.model(model, model_version, timeout=timeout)
-        sequences = [found for path in files for found in read_sequences(path, info)]
+        sequences: list[tuple[str, Step]]
+        if is_text:
+            sequences = [(text, read_text(text, info)) for text in files]
+        else:
+            sequences = [found for path in files for found in read_sequences(path, info)]
         saved: dict[str, Any] = {}
         for names, prediction in _calls(client, info, sequences, last=last, timeout=timeout, priority=priority):
             if output is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from service.client._cli_options import client_of, priority_option, server_options
+from service.client._cli_options import client_of, priority_option, server_options, text_option
 
 if TYPE_CHECKING:
     from service.client.info import Priority
@@ -33,6 +33,7 @@ REPLAY_WINDOW = 256
 )
 @click.option("--resume", is_flag=True, help="Go on with the session, which must be live.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Longest time to open, or for a step to wait.")
+@text_option
 @priority_option
 @server_options
 def stream(
@@ -46,19 +47,22 @@ def stream(
     priority: Priority,
     *,
     as_json: bool,
+    is_text: bool,
     resume: bool,
     **options: Any,
 ) -> None:
     """Send timesteps to MODEL and print an output for each, as it arrives.
 
     FILE is .npy, .npz, or text with a timestep a line: CSV (a row of names at its top is skipped, or picks the columns
-    if the model names its inputs) or JSON lines. Without FILE, or with -, it is standard input. Prints position, label
-    and probability for a classifier, else position and values, with tabs between. A model that needs the whole sequence
-    answers when the input has ended.
+    if the model names its inputs) or JSON lines; under --text it is a text. Without FILE, or with -, it is standard
+    input. Prints position, label and probability for a classifier, else position and values, with tabs between. A model
+    that needs the whole sequence answers when the input has ended.
     """
     if (linger or resume) and not session:
         raise click.UsageError("--linger and --resume need --session ID")
-    from service.client._files import InputError, read_steps
+    if is_text and file == "-":
+        raise click.UsageError("--text needs the text")
+    from service.client._files import InputError, read_steps, read_text
     from service.client._render import Renderer, dump
 
     with client_of(options) as client:
@@ -78,7 +82,7 @@ def stream(
             renderer = Renderer(info, first)
             begin = sequence.position
             position = 0 if sequence.step_mode == "buffered" else begin
-            outputs = sequence.run_outputs(_paced(read_steps(file, info), rate))
+            outputs = sequence.run_outputs(_paced(read_text(file, info) if is_text else read_steps(file, info), rate))
             for each in outputs:
                 if info.outputs[0].layout != "per_step" and sequence.step_mode == "buffered":
                     position = sequence.position - 1

@@ -21,7 +21,7 @@ from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.tensors import Array
 
 Sequences = Sequence[npt.ArrayLike] | Mapping[str, Sequence[npt.ArrayLike]] | Array
-"""Input of predict: sequences of any lengths, of the only per-step input or by name of input."""
+"""Input of predict: sequences of any lengths, of the only per-step input or by name of input; a text may be a str."""
 Steps = npt.ArrayLike | Mapping[str, npt.ArrayLike]
 """Input of a stream: one step or a chunk of them, of the only per-step input or by name of input."""
 
@@ -72,7 +72,8 @@ def cast(value: npt.ArrayLike, info: TensorInfo | StateInfo, where: str) -> Arra
     """Make an array of the dtype that the model declares, which the server takes and no other.
 
     float64 becomes float32 and any integer a float; integers keep their value; a float never becomes an integer. Names
-    of categories become their ids, and any other text 0. Raises InvalidArgument, naming `where`.
+    of categories become their ids, and any other text 0; a letter that is known in one case alone is known in both.
+    Raises InvalidArgument, naming `where`.
     """
     try:
         array = np.asarray(value)
@@ -100,11 +101,17 @@ def cast(value: npt.ArrayLike, info: TensorInfo | StateInfo, where: str) -> Arra
 
 @functools.cache
 def _ids(categories: tuple[str, ...]) -> Mapping[str, int]:
-    return {name: number for number, name in enumerate(categories)}
+    ids = {name: number for number, name in enumerate(categories)}
+    return {name.swapcase(): number for name, number in ids.items() if len(name) == 1} | ids
 
 
 def rows_of(value: npt.ArrayLike, info: TensorInfo | StateInfo, where: str, axis: str) -> Array:
-    """Cast and check an array [axis, *row_shape], where `axis` is what its rows are called in messages."""
+    """Cast and check an array [axis, *row_shape], where `axis` is what its rows are called in messages.
+
+    A str is a row for each of its characters, where the model takes text.
+    """
+    if isinstance(value, str) and isinstance(info, TensorInfo) and info.is_text:
+        value = np.array(list(value), dtype=np.str_)
     array = cast(value, info, where)
     if array.ndim != 1 + len(info.row_shape) or array.shape[1:] != info.row_shape:
         expected = ", ".join([axis, *map(str, info.row_shape)])
@@ -270,7 +277,7 @@ def _by_input(info: ModelInfo, specs: tuple[TensorInfo, ...], value: Any) -> lis
 
 def _pack(value: Any, spec: TensorInfo) -> tuple[Array, list[int]]:
     """Lay sequences end to end; returns [sum(lengths), *row_shape] and lengths."""
-    if not isinstance(value, Sequence | np.ndarray):
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
         raise InvalidArgument(f"{spec.name}: expected a list of sequences, got {type(value).__name__}")
     if isinstance(value, np.ndarray) and value.ndim == 1 + len(spec.row_shape):
         raise InvalidArgument(f"{spec.name}: expected a list of sequences, got one array; for one sequence give [x]")

@@ -56,6 +56,16 @@ def read_sequences(path: str, info: ModelInfo) -> list[tuple[str, Step]]:
     return [(path, np.stack(steps))]
 
 
+def read_text(text: str, info: ModelInfo) -> Array:
+    """Read a text as one sequence, a character a step: ids [time]. Raises InputError where the model takes none."""
+    spec = _sole_input(info)
+    if not spec.is_text:
+        raise InputError(f"model {info.name} takes no text: {spec.name} is not of characters; leave --text out")
+    if not text:
+        raise InputError("an empty text has no timesteps")
+    return _codec.rows_of(text, spec, spec.name, "time")
+
+
 def read_steps(path: str, info: ModelInfo) -> Iterator[Step]:
     """Read timesteps as they come: from standard input ("-") each line when it is there. Raises InputError."""
     suffix = Path(path).suffix.lower()

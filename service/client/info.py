@@ -35,6 +35,11 @@ class TensorInfo:
     categories: tuple[str, ...] = ()
     """Names of categories by id, where the elements are such ids; the first, empty, stands for any other."""
 
+    @property
+    def is_text(self) -> bool:
+        """Whether a sequence is a text, a character a step: every category is a character."""
+        return bool(self.categories) and not self.row_shape and all(len(name) <= 1 for name in self.categories)
+
 
 @dataclass(frozen=True, slots=True)
 class StateInfo:

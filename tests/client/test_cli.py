@@ -217,6 +217,7 @@ def test_stream_answers_each_line_as_it_arrives(address):
     ("args", "stdin", "code", "message"),
     [
         (["predict", "nope", "-"], "1,2,3\n", 1, "no model 'nope' is served"),
+        (["predict", "flow", "Mary", "--text"], None, 2, "model flow takes no text: x is not of characters"),
         (["predict", "flow", "-"], "1,2\n", 2, "standard input, line 1, column 3: expected 3 values, got 2"),
         (["stream", "flow"], "1,2,3\n1,b,3\n", 2, "standard input, line 2, column 2: expected a number, got 'b'"),
         (["stream", "flow"], "nan,2,3\n", 1, "is nan"),
@@ -239,6 +240,7 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(run, args, stdin, code, me
     [
         ["predict", "flow"],
         ["stream", "flow", "--resume"],
+        ["stream", "flow", "--text"],
         ["stream", "flow", "--rate", "0"],
         ["stream", "flow", "--priority", "urgent"],
         ["models", "--cert", __file__],

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from service.client import _codec
-from service.client._files import InputError, read_sequences, read_steps
+from service.client._files import InputError, read_sequences, read_steps, read_text
+from service.client.errors import InvalidArgument
 from service.client.info import TensorInfo
 from tests.client.toy import SUM
 
@@ -20,6 +21,7 @@ MIXED = replace(
         TensorInfo("weather", "int64", (), "per_step", categories=("", "rain", "sun")),
     ),
 )
+LETTERS = replace(SUM, inputs=(TensorInfo("letter", "int64", (), "per_step", categories=("", "A", "B", "é", "É")),))
 STEPS = [[1.0, 2.0], [-3.5, 4e-3]]
 
 
@@ -176,3 +178,39 @@ def test_one_input_of_categories(tmp_path):
     chunk = _codec.chunk_of(info, ["rain", "sun", "fog"])
     assert (chunk["weather"].tolist(), chunk["weather"].dtype) == ([1, 2, 0], np.int64)
     assert _codec.chunk_of(info, [2, 0])["weather"].tolist() == [2, 0]
+
+
+# Text
+
+
+def test_a_text_is_a_sequence_of_its_characters():
+    request, lengths = _codec.predict_request(LETTERS, ["AB", "bé-É", ["A", "other"]])
+    assert lengths == [2, 4, 2]
+    # Letters that the model knows in one case alone are known in both; what is known as it is stays so.
+    assert np.frombuffer(request.inputs[0].data, "<i8").tolist() == [1, 2, 2, 3, 0, 4, 1, 0]
+    assert _codec.chunk_of(LETTERS, "Ba")["letter"].tolist() == [2, 1]
+    assert read_text("ab", LETTERS).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        (SUM, "model sum takes no text: x is not of characters; leave --text out"),
+        (TOKENS, "takes no text"),
+        (replace(SUM, inputs=MIXED.inputs[1:]), "takes no text"),
+        (TWO, r"takes several inputs \(a, b\)"),
+    ],
+)
+def test_text_is_for_models_of_characters(info, message):
+    with pytest.raises(InputError, match=message):
+        read_text("rain", info)
+
+
+def test_texts_that_are_no_sequences():
+    with pytest.raises(InputError, match="an empty text has no timesteps"):
+        read_text("", LETTERS)
+    with pytest.raises(InvalidArgument, match="letter: expected a list of sequences, got str"):
+        _codec.predict_request(LETTERS, "AB")
+    weather = replace(SUM, inputs=MIXED.inputs[1:])
+    with pytest.raises(InvalidArgument, match=r"weather: expected shape \[time\], got \[\]"):
+        _codec.chunk_of(weather, "rain")

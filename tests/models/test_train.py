@@ -362,7 +362,7 @@ def test_module_trains_as_the_command_does(tmp_path):
 # Records
 
 
-@pytest.mark.parametrize("name", tasks.NAMES)
+@pytest.mark.parametrize("name", ["vowels", "waterflow"])
 def test_record_is_of_the_recipe_that_ships(name):
     path = ROOT / "models" / "tasks" / "records" / f"{name}.json"
     record = json.loads(path.read_text())
