@@ -156,7 +156,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
                 else message_factory.GetMessageClass(method.output_type).SerializeToString,
             )
             for method in _SERVICE.methods
-            if not method.client_streaming
+            if not method.server_streaming
         }
         return {**unary, "StreamPredict": grpc.stream_stream_rpc_method_handler(self.StreamPredict)}
 

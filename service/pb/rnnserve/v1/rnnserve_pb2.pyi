@@ -66,6 +66,12 @@ class StepErrorKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STEP_ERROR_KIND_UNSPECIFIED: _ClassVar[StepErrorKind]
     STEP_ERROR_KIND_STEP_REJECTED: _ClassVar[StepErrorKind]
     STEP_ERROR_KIND_SESSION_FAILED: _ClassVar[StepErrorKind]
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_END: _ClassVar[FinishReason]
+    FINISH_REASON_MAX_STEPS: _ClassVar[FinishReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_INT64: DataType
@@ -100,6 +106,9 @@ CLOSE_REASON_FAILED: CloseReason
 STEP_ERROR_KIND_UNSPECIFIED: StepErrorKind
 STEP_ERROR_KIND_STEP_REJECTED: StepErrorKind
 STEP_ERROR_KIND_SESSION_FAILED: StepErrorKind
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_END: FinishReason
+FINISH_REASON_MAX_STEPS: FinishReason
 
 class Tensor(_message.Message):
     __slots__ = ("name", "dtype", "shape", "layout", "lengths", "data")
@@ -184,7 +193,7 @@ class StateSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., row_shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "digest", "cell", "topology", "step_mode", "step_mode_reason", "inputs", "outputs", "states", "labels", "vocabulary", "task", "metrics", "num_parameters", "exactness", "exactness_detail", "provider", "max_inflight_steps", "spec_json", "placement")
+    __slots__ = ("name", "version", "digest", "cell", "topology", "step_mode", "step_mode_reason", "inputs", "outputs", "states", "labels", "vocabulary", "task", "metrics", "num_parameters", "exactness", "exactness_detail", "provider", "max_inflight_steps", "spec_json", "placement", "generation")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +222,7 @@ class Model(_message.Message):
     MAX_INFLIGHT_STEPS_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
@@ -234,7 +244,24 @@ class Model(_message.Message):
     max_inflight_steps: int
     spec_json: str
     placement: _containers.RepeatedCompositeFieldContainer[PlacedNodes]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., cell: _Optional[str] = ..., topology: _Optional[str] = ..., step_mode: _Optional[_Union[StepMode, str]] = ..., step_mode_reason: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., states: _Optional[_Iterable[_Union[StateSpec, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., vocabulary: _Optional[_Iterable[str]] = ..., task: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., num_parameters: _Optional[int] = ..., exactness: _Optional[_Union[Exactness, str]] = ..., exactness_detail: _Optional[str] = ..., provider: _Optional[str] = ..., max_inflight_steps: _Optional[int] = ..., spec_json: _Optional[str] = ..., placement: _Optional[_Iterable[_Union[PlacedNodes, _Mapping]]] = ...) -> None: ...
+    generation: Generation
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., cell: _Optional[str] = ..., topology: _Optional[str] = ..., step_mode: _Optional[_Union[StepMode, str]] = ..., step_mode_reason: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., states: _Optional[_Iterable[_Union[StateSpec, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., vocabulary: _Optional[_Iterable[str]] = ..., task: _Optional[str] = ..., metrics: _Optional[_Mapping[str, float]] = ..., num_parameters: _Optional[int] = ..., exactness: _Optional[_Union[Exactness, str]] = ..., exactness_detail: _Optional[str] = ..., provider: _Optional[str] = ..., max_inflight_steps: _Optional[int] = ..., spec_json: _Optional[str] = ..., placement: _Optional[_Iterable[_Union[PlacedNodes, _Mapping]]] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("max_steps", "token_input", "source_inputs", "begin_id", "end_id", "separator")
+    MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_INPUT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_INPUTS_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_ID_FIELD_NUMBER: _ClassVar[int]
+    END_ID_FIELD_NUMBER: _ClassVar[int]
+    SEPARATOR_FIELD_NUMBER: _ClassVar[int]
+    max_steps: int
+    token_input: str
+    source_inputs: _containers.RepeatedScalarFieldContainer[str]
+    begin_id: int
+    end_id: int
+    separator: str
+    def __init__(self, max_steps: _Optional[int] = ..., token_input: _Optional[str] = ..., source_inputs: _Optional[_Iterable[str]] = ..., begin_id: _Optional[int] = ..., end_id: _Optional[int] = ..., separator: _Optional[str] = ...) -> None: ...
 
 class PlacedNodes(_message.Message):
     __slots__ = ("op_type", "provider", "count", "fallback_names")
@@ -425,3 +452,93 @@ class StreamDrain(_message.Message):
     GRACE_FIELD_NUMBER: _ClassVar[int]
     grace: _duration_pb2.Duration
     def __init__(self, grace: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("model", "version", "inputs", "seeds", "max_steps", "temperature", "top_k", "top_p", "beams", "num_hypotheses", "length_normalization", "outputs", "priority", "timeout")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    BEAMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_NORMALIZATION_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
+    seeds: _containers.RepeatedScalarFieldContainer[int]
+    max_steps: int
+    temperature: float
+    top_k: int
+    top_p: float
+    beams: int
+    num_hypotheses: int
+    length_normalization: float
+    outputs: _containers.RepeatedScalarFieldContainer[str]
+    priority: Priority
+    timeout: _duration_pb2.Duration
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., seeds: _Optional[_Iterable[int]] = ..., max_steps: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., beams: _Optional[int] = ..., num_hypotheses: _Optional[int] = ..., length_normalization: _Optional[float] = ..., outputs: _Optional[_Iterable[str]] = ..., priority: _Optional[_Union[Priority, str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("started", "output")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    started: GenerateStarted
+    output: GenerateOutput
+    def __init__(self, started: _Optional[_Union[GenerateStarted, _Mapping]] = ..., output: _Optional[_Union[GenerateOutput, _Mapping]] = ...) -> None: ...
+
+class GenerateStarted(_message.Message):
+    __slots__ = ("model", "version", "digest", "num_sequences", "seeds")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    digest: str
+    num_sequences: int
+    seeds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., num_sequences: _Optional[int] = ..., seeds: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GenerateOutput(_message.Message):
+    __slots__ = ("sequences", "hypotheses", "positions", "lengths", "ids", "log_probs", "tensors", "ends")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    sequences: _containers.RepeatedScalarFieldContainer[int]
+    hypotheses: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    log_probs: _containers.RepeatedScalarFieldContainer[float]
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    ends: GenerateEnds
+    def __init__(self, sequences: _Optional[_Iterable[int]] = ..., hypotheses: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., ends: _Optional[_Union[GenerateEnds, _Mapping]] = ...) -> None: ...
+
+class GenerateEnds(_message.Message):
+    __slots__ = ("sequences", "hypotheses", "reasons", "num_outputs", "log_probs", "scores")
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    HYPOTHESES_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    sequences: _containers.RepeatedScalarFieldContainer[int]
+    hypotheses: _containers.RepeatedScalarFieldContainer[int]
+    reasons: _containers.RepeatedScalarFieldContainer[FinishReason]
+    num_outputs: _containers.RepeatedScalarFieldContainer[int]
+    log_probs: _containers.RepeatedScalarFieldContainer[float]
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, sequences: _Optional[_Iterable[int]] = ..., hypotheses: _Optional[_Iterable[int]] = ..., reasons: _Optional[_Iterable[_Union[FinishReason, str]]] = ..., num_outputs: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., scores: _Optional[_Iterable[float]] = ...) -> None: ...

@@ -55,6 +55,11 @@ class SequenceServiceStub(object):
                 request_serializer=service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.StreamPredictRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.StreamPredictResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/rnnserve.v1.SequenceService/Generate',
+                request_serializer=service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.GenerateResponse.FromString,
+                _registered_method=True)
 
 
 class SequenceServiceServicer(object):
@@ -92,6 +97,16 @@ class SequenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Makes outputs one after another: from one input (one-to-many), from a prompt, or from a source sequence
+        (encoder-decoder). The first response tells what answers; the others carry outputs as they are made, of whichever
+        sequences have some. What a sequence gets depends on it and its seed alone, never on what is made beside it.
+        FAILED_PRECONDITION for a model that takes its inputs step by step. A cancelled call frees what it holds at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SequenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +129,11 @@ def add_SequenceServiceServicer_to_server(servicer, server):
                     servicer.StreamPredict,
                     request_deserializer=service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.StreamPredictRequest.FromString,
                     response_serializer=service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.StreamPredictResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.GenerateRequest.FromString,
+                    response_serializer=service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.GenerateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +245,33 @@ class SequenceService(object):
             '/rnnserve.v1.SequenceService/StreamPredict',
             service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.StreamPredictRequest.SerializeToString,
             service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.StreamPredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rnnserve.v1.SequenceService/Generate',
+            service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.GenerateRequest.SerializeToString,
+            service_dot_pb_dot_rnnserve_dot_v1_dot_rnnserve__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
