@@ -1,7 +1,7 @@
 # All that a developer does, on a machine with only Python 3.11 (or newer) and make. Every target first installs what it
-# needs: into .venv, and for the protos into .venv-protoc, whose protoc wants an older protobuf. pip's environment
-# variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where from. BUILD_FLAGS are more arguments for the build of
-# the image by `make containers`.
+# needs: into .venv; for the protos into .venv-protoc, whose protoc wants an older protobuf; for clients that others wrote
+# into .venv-compat. pip's environment variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose where from. BUILD_FLAGS
+# are more arguments for the build of the image by `make containers`.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 RUN := build/runs/vowels
@@ -16,7 +16,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test check format protos bench soak containers hooks clean
+.PHONY: help demo test test-compat check format protos bench soak containers hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -25,7 +25,10 @@ demo: .venv/.installed $(MODEL) ## train, export, serve, and stream real utteran
 	@$(BIN)/python scripts/demo.py build/repository
 
 test: .venv/.installed ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not compat"
+
+test-compat: .venv/.installed .venv-compat/.installed ## run clients that others wrote: tritonclient, perf_analyzer, reflection
+	@$(BIN)/python -m pytest -m compat
 
 check: .venv/.installed .venv-protoc/.installed ## lint, types, import rules, protos, generated code, compose file
 	$(BIN)/ruff check
@@ -55,7 +58,7 @@ hooks: .venv/.installed ## run ruff and mypy before every commit
 	$(BIN)/pre-commit install
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-protoc build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-protoc .venv-compat build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Order-only: a newer environment is no reason to train again. Remove build/ to do so.
 $(MODEL): | .venv/.installed $(RUN)/metrics.json
@@ -77,6 +80,12 @@ $(RUN)/metrics.json: | .venv/.installed
 .venv-protoc/.installed: scripts/protos.txt
 	$(call environment,.venv-protoc)
 	@.venv-protoc/bin/python $(PIP) --requirement scripts/protos.txt
+	@touch $@
+
+.venv-compat/.installed: scripts/compat.txt scripts/compat.py
+	$(call environment,.venv-compat)
+	@.venv-compat/bin/python $(PIP) --requirement scripts/compat.txt
+	@.venv-compat/bin/python scripts/compat.py
 	@touch $@
 
 # $(call environment,FOLDER): an empty environment, unless there is one.
