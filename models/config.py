@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from models import tasks
 from models.errors import RecipeError
 from models.recipe import Recipe, faults
-from models.tasks import Task
+from models.tasks import AnyTask
 from models.tasks.settings import DataSettings
 
 
@@ -66,7 +66,7 @@ class RunConfig(BaseModel):
             raise RecipeError(f"{path}: {faults(error)}") from error
 
     @classmethod
-    def of(cls, task: Task, recipe: Recipe, versions: Mapping[str, str]) -> Self:
+    def of(cls, task: AnyTask, recipe: Recipe, versions: Mapping[str, str]) -> Self:
         """Say what a run is made from."""
         what: dict[str, Any] = {"data": dict(task.source)} if task.source else {"task": task.name}
         return cls.model_validate(what | {"recipe": recipe.to_dict(), "versions": dict(versions)})
@@ -103,7 +103,7 @@ class RunConfig(BaseModel):
             stored.pop("sha256", None)
         return base.model_copy(update={"data": DataSettings.of(stored | dict(data))})
 
-    def load(self, settings: Mapping[str, Any]) -> tuple[Task, Recipe]:
+    def load(self, settings: Mapping[str, Any]) -> tuple[AnyTask, Recipe]:
         """Load the task with its data, and the recipe with other settings.
 
         Raises UnknownTask, DataError, RecipeError, MissingExtra.

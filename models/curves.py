@@ -15,6 +15,7 @@ SHOWN = {
     "balanced_accuracy": "accuracy, mean over classes",
     "mae": "mean absolute error",
     "rmse": "root mean square error",
+    "bits_per_character": "bits per character",
 }
 
 
@@ -34,7 +35,7 @@ def draw(rows: Sequence[Row], *, title: str, best_epoch: int, baseline: tuple[st
     for axis, name in zip(axes[1:], metrics, strict=True):
         axis.plot(epochs, [row[f"validation_{name}"] for row in rows], label="validation")
         axis.axhline(baseline[1][name], color="gray", linestyle="--", label=baseline[0])
-        axis.set_ylabel(SHOWN[name])
+        axis.set_ylabel(SHOWN.get(name, name.replace("_", " ")))
     for axis in axes:
         axis.axvline(best_epoch, color="black", linewidth=0.8, linestyle=":", label=f"kept: epoch {best_epoch}")
         axis.set_xlabel("epoch")

@@ -12,7 +12,7 @@ from models.spec import LENGTHS, SOURCE_LENGTHS, Layout, Spec, StateSpec, Tensor
 _WIDTH = 110
 _INDENT = 14
 _MOST_NAMED = 20
-"""Categories that are named."""
+"""Categories, and entries of a vocabulary, that are named."""
 
 
 def as_json(model: ModelFile) -> dict[str, Any]:
@@ -42,18 +42,21 @@ def as_text(model: ModelFile) -> str:
     lines += _entry("parameters", f"{spec.num_parameters:,}")
     lines += _entry("step mode", f"{mode.value}: {why}")
     for graph in spec.graphs:
-        of = "" if graph.role == "model" else f" of the {graph.role}"
-        lines += _entry("inputs" + of, *(line for tensor in graph.inputs for line in _tensor(tensor)))
+        if graph.role != "model":
+            lines += _entry(graph.role, f"the graph in {graph.file}")
+        lines += _entry("inputs", *(line for tensor in graph.inputs for line in _tensor(tensor)))
         lines += _entry("", f"{LENGTHS}  [batch] int32, steps of each row, never 0")
         if graph.reads_source:
             lines += _entry("", f"{SOURCE_LENGTHS}  [batch] int32, steps of each row's source, never 0")
-        lines += _entry("outputs" + of, *(line for tensor in graph.outputs for line in _tensor(tensor)))
-        lines += _entry("states" + of, *map(_state, graph.states))
+        lines += _entry("outputs", *(line for tensor in graph.outputs for line in _tensor(tensor)))
+        lines += _entry("states", *map(_state, graph.states))
         lines += _entry("operators", ", ".join(f"{count} {name}" for name, count in graph.operators.items()))
+    if spec.generation is not None:
+        lines += _entry("generation", *_generation(spec))
     if spec.labels:
         lines += _entry("labels", ", ".join(f"{number} = {label}" for number, label in enumerate(spec.labels)))
     if spec.vocabulary:
-        lines += _entry("vocabulary", f"{len(spec.vocabulary)} entries")
+        lines += _entry("vocabulary", _named(spec.vocabulary))
     lines += _entry("metrics", *_metrics(training.metrics))
     lines += _entry("recipe", ", ".join(f"{name} {value}" for name, value in training.recipe.items()))
     lines += _entry("made with", ", ".join(f"{name} {version}" for name, version in spec.versions.items()))
@@ -87,6 +90,31 @@ def _layers(spec: Spec) -> Iterable[str]:
         gates = "" if layer.cell == "rnn" else f", gates {layer.recurrent_activation}"
         form = "" if layer.form == "operator" else f", {layer.form}: no {layer.cell.upper()} operator"
         yield f"{number}: {layer.cell.upper()}, {layer.hidden} units, {way}, activation {layer.activation}{gates}{form}"
+
+
+def _generation(spec: Spec) -> Iterable[str]:
+    """Say how outputs are made, one setting a line."""
+    settings = spec.generation
+    if settings is None:
+        return
+    if not settings.token_input:
+        yield f"{settings.max_steps} steps, every one from the same input"
+        return
+
+    def named(number: int | None) -> str:
+        word = spec.vocabulary[number] if number is not None and number < len(spec.vocabulary) else ""
+        return f"{number} = {word}" if word else str(number)
+
+    begins = "the ids that the caller gives" if settings.begin_id is None else f"the id {named(settings.begin_id)}"
+    yield f"{settings.max_steps} steps at most; {settings.token_input} takes the id chosen by {settings.scores_output}"
+    yield f"begins with {begins}"
+    if settings.end_id is not None:
+        yield f"ends with the id {named(settings.end_id)}, which is no part of the answer"
+
+
+def _named(entries: tuple[str, ...]) -> str:
+    more = ", ..." * (len(entries) > _MOST_NAMED)
+    return f"{len(entries)} entries: {', '.join(entries[:_MOST_NAMED])}{more}"
 
 
 def _tensor(tensor: TensorSpec) -> Iterable[str]:

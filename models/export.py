@@ -15,10 +15,10 @@ import onnxruntime
 
 from models.errors import ExportError, RunError
 from models.graphs import GraphModule, to_onnx
-from models.mixed import Net
+from models.objective import Net
 from models.runs import Run, versions, write_whole
 from models.spec import METADATA_KEY, MODEL_FILE, Generation, Golden, GraphSpec, Parity, Spec, Topology, Training
-from models.tasks import Task
+from models.tasks import AnyTask
 from models.train import load_net
 from models.verify import gate
 
@@ -59,7 +59,7 @@ def export_run(run: Run, repository: Path, *, name: str | None = None, version: 
     return Exported(path=path, spec=spec, size=sum(map(len, files.values())))
 
 
-def export_net(net: Net, task: Task, training: Training) -> tuple[Files, Spec]:
+def export_net(net: Net, task: AnyTask, training: Training) -> tuple[Files, Spec]:
     """Make the files of a net that was built for a task. Raises ExportError and ParityError."""
     return export_model(
         net.graphs(task),
@@ -67,6 +67,8 @@ def export_net(net: Net, task: Task, training: Training) -> tuple[Files, Spec]:
         training=training,
         num_parameters=net.num_parameters,
         labels=task.labels,
+        vocabulary=task.vocabulary,
+        generation=task.generation,
     )
 
 

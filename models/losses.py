@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.compute import Compute
 from models.mixed import MixedNet, Net
+from models.recipe import Recipe
 from models.tasks import Split, Task
 from models.tasks.base import Array, pad
 
@@ -29,6 +31,19 @@ class Batch:
     """[batch] int32."""
     targets: Tensor
     """Of one answer: classes [batch] int64 or values [batch, outputs]; else of every step, [sum(lengths), ...]."""
+
+
+def training_loss(net: Net, task: Task, recipe: Recipe, compute: Compute, numbers: Sequence[int]) -> Tensor:
+    """Compute what a step of the optimiser descends, [], of some training sequences."""
+    batch = gather(task, task.train, numbers, compute.device)
+    x = _disturb(net, recipe, batch.x)
+    with compute.autocast():
+        scores = score(net, batch, x)
+    # Losses and what they are made of are sums of many small numbers: always in float32.
+    scores = scores.float()
+    loss = final_losses(net, task, scores, batch).mean()
+    running = running_losses(net, task, scores, batch)
+    return loss if running is None else loss + recipe.step_loss * running.mean()
 
 
 def gather(task: Task, split: Split, numbers: Sequence[int], device: torch.device) -> Batch:
@@ -101,6 +116,15 @@ def evaluate(net: Net, task: Task, split: Split) -> dict[str, float]:
             weight += float(losses.weight())
             answers += _final_answers(net, scores, batch.lengths)
     return {"loss": total / weight, **task.judge(split, answers)}
+
+
+def _disturb(net: Net, recipe: Recipe, x: Tensor) -> Tensor:
+    """Add the recipe's noise and shift to a batch, [batch, time, features]."""
+    if recipe.noise:
+        x = x + recipe.noise * net.input_scale * torch.randn_like(x)
+    if recipe.shift:
+        x = x + recipe.shift * net.input_scale * torch.randn_like(x[:, :1])
+    return x
 
 
 def _losses(net: Net, task: Task, answers: Tensor, targets: Tensor) -> Losses:

@@ -14,7 +14,7 @@ from models.graphs import GraphModule
 from models.layers import Recurrent
 from models.nets import NetConfig, RecurrentNet
 from models.recipe import Recipe
-from models.tasks.base import Categorical, Task
+from models.tasks.base import AnyTask, Categorical, Task
 
 
 class MixedNet(nn.Module):
@@ -96,7 +96,7 @@ class MixedNet(nn.Module):
         net.core = self.core.for_export()
         return net
 
-    def graphs(self, task: Task) -> list[GraphModule]:
+    def graphs(self, task: AnyTask) -> list[GraphModule]:
         """Describe the graph that this net becomes."""
         ready, spec = self.for_export(), self.core.graph_spec(task)
         return [GraphModule(module=self, ready=ready, spec=spec, draw=self.core.draw(self.num_features))]

@@ -20,7 +20,7 @@ from models.graphs import Draw, GraphModule, draw_like
 from models.layers import STATES, Recurrent
 from models.recipe import Activation, Recipe
 from models.spec import Cell, GraphSpec, LayerSpec, Layout, StateSpec
-from models.tasks.base import Scaling, Task
+from models.tasks.base import AnyTask, Scaling, Task
 
 FOLD_LIMIT = 32.0
 """Largest |input_mean| / input_scale to fold into weights; above it, float32 would cancel too many digits."""
@@ -170,7 +170,7 @@ class RecurrentNet(nn.Module):
             layer.freeze()
         return net
 
-    def graphs(self, task: Task) -> list[GraphModule]:
+    def graphs(self, task: AnyTask) -> list[GraphModule]:
         """Describe the graph that this net becomes; a mixed net's has its own inputs."""
         return [
             GraphModule(
@@ -181,7 +181,7 @@ class RecurrentNet(nn.Module):
             )
         ]
 
-    def graph_spec(self, task: Task) -> GraphSpec:
+    def graph_spec(self, task: AnyTask) -> GraphSpec:
         """Say what the graph takes and gives."""
         config = self.config
         directions, hidden = self.state_shape

@@ -28,6 +28,10 @@ class Recipe(BaseModel):
     """Recurrent layers, one on the other."""
     bidirectional: bool = False
     """Layers also read the sequence from its end; such a model cannot answer before it."""
+    embedding: int = Field(0, ge=0)
+    """Width of the vectors that ids become, where a task is made of them; 0 where it is not."""
+    attention: bool = False
+    """Whether a decoder looks back at every step of its source, or has but the state that the encoder ends in."""
     activation: Activation = "tanh"
     """Activation of an rnn cell; gru and lstm have tanh inside."""
     dropout: float = Field(0.0, ge=0, lt=1)

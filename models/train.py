@@ -28,12 +28,11 @@ from models.compute import Compute
 from models.config import RunConfig
 from models.curves import draw
 from models.errors import RunError
-from models.losses import evaluate, final_losses, gather, running_losses, score
-from models.mixed import Net, build
+from models.objective import Net, build, epoch_batches, evaluate, training_loss
 from models.recipe import Recipe
 from models.runs import Row, Run, versions, write_whole
 from models.schedules import learning_rate
-from models.tasks import Task
+from models.tasks import AnyTask, Task
 
 EPOCH_BAR_DELAY_S = 2.0
 """Seconds after which an epoch has a progress bar of its own."""
@@ -68,7 +67,7 @@ class Progress:
 
 
 def train(
-    task: Task,
+    task: AnyTask,
     recipe: Recipe,
     out: Path,
     *,
@@ -110,7 +109,7 @@ def train(
         torch.set_num_threads(threads)
 
 
-def load_net(run: Run) -> tuple[Task, Recipe, Net, dict[str, Any]]:
+def load_net(run: Run) -> tuple[AnyTask, Recipe, Net, dict[str, Any]]:
     """Load a run's best net: its task, recipe, the net in evaluation mode, and its validation metrics.
 
     The task of a data file of one's own comes without the data, which may be gone.
@@ -130,7 +129,7 @@ def load_net(run: Run) -> tuple[Task, Recipe, Net, dict[str, Any]]:
 class _Trainer:
     """One run: net, optimiser and progress."""
 
-    def __init__(self, task: Task, recipe: Recipe, net: Net, run: Run, compute: Compute, board: Board) -> None:
+    def __init__(self, task: AnyTask, recipe: Recipe, net: Net, run: Run, compute: Compute, board: Board) -> None:
         self.task, self.recipe, self.net, self.run, self.compute, self.board = task, recipe, net, run, compute, board
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.progress = Progress()
@@ -185,24 +184,22 @@ class _Trainer:
     def train_epoch(self, should_stop: Callable[[], bool], show_progress: bool) -> float | None:
         """Pass over the training split once; returns the mean loss, or None when stopped on the way."""
         self.net.train()
-        size = self.recipe.batch_size
-        order = torch.randperm(len(self.task.train)).tolist()
-        starts = range(0, len(order), size)
+        batches = epoch_batches(self.task, self.recipe.batch_size)
         past = [row["validation_loss"] for row in self.progress.history]
         losses = []
         bar = tqdm(
-            starts,
+            batches,
             desc=f"epoch {self.progress.epoch + 1}",
             unit="batch",
             leave=False,
             delay=EPOCH_BAR_DELAY_S,
             disable=None if show_progress else True,
         )
-        for number, start in enumerate(bar):
-            step = self.progress.epoch * len(starts) + number
+        for number, numbers in enumerate(bar):
+            step = self.progress.epoch * len(batches) + number
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.recipe, step, len(starts), past)
-            losses.append(self.train_batch(order[start : start + size]))
+                group["lr"] = learning_rate(self.recipe, step, len(batches), past)
+            losses.append(self.train_batch(numbers))
             if should_stop():
                 bar.close()
                 return None
@@ -210,26 +207,9 @@ class _Trainer:
 
     def train_batch(self, numbers: list[int]) -> float:
         """Take a step of the optimiser by some training sequences; returns their loss."""
-        batch = gather(self.task, self.task.train, numbers, self.compute.device)
-        x = self.disturb(batch.x)
-        with self.compute.autocast():
-            scores = score(self.net, batch, x)
-        # Losses and what they are made of are sums of many small numbers: always in float32.
-        scores = scores.float()
-        loss = final_losses(self.net, self.task, scores, batch).mean()
-        running = running_losses(self.net, self.task, scores, batch)
-        if running is not None:
-            loss = loss + self.recipe.step_loss * running.mean()
+        loss = training_loss(self.net, self.task, self.recipe, self.compute, numbers)
         self.compute.descend(loss, self.net.parameters(), self.optimizer, self.recipe.clip_norm)
         return float(loss.detach())
-
-    def disturb(self, x: Tensor) -> Tensor:
-        """Add the recipe's noise and shift to a batch, [batch, time, features]."""
-        if self.recipe.noise:
-            x = x + self.recipe.noise * self.net.input_scale * torch.randn_like(x)
-        if self.recipe.shift:
-            x = x + self.recipe.shift * self.net.input_scale * torch.randn_like(x[:, :1])
-        return x
 
     def note(self, train_loss: float, seconds: float) -> None:
         """Judge an epoch by the validation split, and write the checkpoints."""
@@ -249,7 +229,7 @@ class _Trainer:
             progress.best_epoch, progress.best_loss = progress.epoch, validation["loss"]
             progress.best_net = {name: weights.cpu().clone() for name, weights in self.net.state_dict().items()}
             made_from = {"task": self.task.name, "recipe": self.recipe.to_dict(), "epoch": progress.epoch}
-            if self.task.source:
+            if isinstance(self.task, Task) and self.task.source:
                 made_from["outline"] = self.task.outline()
             self.run.save(self.run.best, {**made_from, "validation": validation, "net": progress.best_net})
         self.run.save(

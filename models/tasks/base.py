@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from models.recipe import Recipe
 from models.spec import Generation, Layout, TensorSpec, Topology
 
 Array = np.ndarray[Any, Any]
+S = TypeVar("S", bound=Sized)
+"""A split: sequences, with what is asked of each."""
 DATA = Path(__file__).parent / "data"
 """Where the data files ship; README.md there says whence they come."""
 
@@ -80,8 +82,8 @@ class Scaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BaseTask(ABC):
-    """Real data and what it asks of a model: what every kind of task says."""
+class BaseTask(ABC, Generic[S]):
+    """Real data and what it asks of a model: what every kind of task says, of splits of its own kind."""
 
     name: str
     """What the command line calls it."""
@@ -103,6 +105,12 @@ class BaseTask(ABC):
     """How outputs are made one after another; None where inputs come step by step."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """Settings that it was made by from a data file of one's own; empty for a task that ships."""
+    train: S
+    """What weights and statistics are fitted to."""
+    validation: S
+    """What chooses the epoch and every setting."""
+    test: S
+    """Evaluated once, when training is over."""
     recipe: Recipe
     """Default settings of a run."""
 
@@ -117,13 +125,37 @@ class BaseTask(ABC):
         """What it is, in a line for people."""
 
     @property
+    @abstractmethod
+    def metric(self) -> str:
+        """The metric that counts most."""
+
+    @property
+    def is_more_better(self) -> bool:
+        """Whether the metric is a score, or an error."""
+        return False
+
+    @abstractmethod
+    def baselines(self, split: S) -> dict[str, dict[str, float]]:
+        """Score what needs no recurrent net: the metrics that a net is judged by, by the name of each method."""
+
+    def baseline(self, split: S) -> tuple[str, dict[str, float]]:
+        """Score the best of `baselines`, as the validation split has it: its name and metrics."""
+        of_validation = self.baselines(self.validation)
+        best = max if self.is_more_better else min
+        name = best(of_validation, key=lambda each: of_validation[each][self.metric])
+        return name, (of_validation if split is self.validation else self.baselines(split))[name]
+
+    @property
     def score_unit(self) -> str:
         """Unit of the metrics; empty where they have none."""
         return ""
 
 
+AnyTask = BaseTask[Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Task(BaseTask):
+class Task(BaseTask[Split]):
     """Sequences whose every step is given, and what is asked of each: one answer, or one at every step."""
 
     kind: Literal["classification", "regression"]
@@ -138,12 +170,6 @@ class Task(BaseTask):
     """Input features whose change the head predicts, so that answering "no change" costs nothing; empty: none."""
     looks_ahead: str = ""
     """Why a backward layer would read the answer off the input; empty where it would not."""
-    train: Split
-    """What weights and statistics are fitted to."""
-    validation: Split
-    """What chooses the epoch and every setting."""
-    test: Split
-    """Evaluated once, when training is over."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -201,7 +227,7 @@ class Task(BaseTask):
         if len(self.train):
             steps = np.concatenate(self.train.inputs).astype(np.float64)
             input_mean[: self.num_features] = steps.mean(axis=0)
-            input_scale[: self.num_features] = _spread(steps)
+            input_scale[: self.num_features] = spread(steps)
             if not self.is_classification:
                 asked = np.stack(self.train.targets) if self.one_answer else np.concatenate(self.train.targets)
                 asked = asked.astype(np.float64)
@@ -209,9 +235,9 @@ class Task(BaseTask):
                     changes = asked - steps[:, list(self.changes_of)]
                     # Median, not standard deviation: rare outages would drown the hourly changes.
                     typical = np.median(np.abs(changes), axis=0)
-                    scale = np.where(typical > 0, typical, _spread(changes))
+                    scale = np.where(typical > 0, typical, spread(changes))
                 else:
-                    mean, scale = asked.mean(axis=0), _spread(asked)
+                    mean, scale = asked.mean(axis=0), spread(asked)
         return Scaling(*(each.astype(np.float32) for each in (input_mean, input_scale, mean, scale)))
 
     def judge(self, split: Split, answers: list[Array]) -> dict[str, float]:
@@ -240,12 +266,10 @@ class Task(BaseTask):
             return "mae"
         return "balanced_accuracy" if self.class_weights else "accuracy"
 
-    def baseline(self, split: Split) -> tuple[str, dict[str, float]]:
-        """Score the best of `baselines`, as the validation split has it: its name, and the metrics of `judge`."""
-        of_validation = self.baselines(self.validation)
-        best = max if self.is_classification else min
-        name = best(of_validation, key=lambda each: of_validation[each][self.metric])
-        return name, self.baselines(split)[name]
+    @property
+    def is_more_better(self) -> bool:
+        """Whether the metric is an accuracy."""
+        return self.is_classification
 
     def baselines(self, split: Split) -> dict[str, dict[str, float]]:
         """Score what needs no recurrent net: the metrics of `judge` by the name of each method."""
@@ -314,7 +338,7 @@ class Task(BaseTask):
         )
 
 
-def _spread(values: Array) -> Array:
+def spread(values: Array) -> Array:
     """Standard deviation of columns [n, width]; 1 for a constant one, so that what it may be later is not blown up."""
     is_constant = (values == values[0]).all(axis=0)
     return np.where(is_constant, 1.0, np.maximum(values.std(axis=0), np.finfo(np.float32).tiny))

@@ -145,7 +145,7 @@ def test_wrong_config_is_one_clear_line(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing to train: name a TASK (vowels, waterflow), a --data FILE, or a --config FILE"),
+        ([], f"nothing to train: name a TASK ({', '.join(tasks.NAMES)}), a --data FILE, or a --config FILE"),
         (["--target", "y"], "nothing to train: name a TASK"),
         (["vowels", "--data", "a.csv", "--target", "y"], "TASK vowels comes with its data: leave it out beside"),
         (["--data", "a.csv", "--sequence-column", "s"], "target: Field required"),
