@@ -14,6 +14,7 @@ from service.pb.inference import inference_pb2 as pb
 from service.predict import Sequences
 from service.rpc.oip.inference import Counts, Inference
 from service.rpc.oip.options import Options, read_options
+from service.rpc.oip.repeat import Meaning, Patterns
 from service.rpc.oip.sequences import Key, SequenceTable
 from service.rpc.oip.tensors import Given, InferPlan
 
@@ -26,7 +27,9 @@ class Desk:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._plans: dict[Lane, tuple[InferPlan, Counts]] = {}
-        self._sequences = SequenceTable(engine)
+        self.patterns = Patterns()
+        """What requests of live sequences look like."""
+        self._sequences = SequenceTable(engine, self.patterns.forget)
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself would forget them
 
     def lane(self, model: str, version: str) -> Lane:
@@ -43,28 +46,37 @@ class Desk:
             known = self._plans[lane] = plan, Counts(plan)
         return known
 
-    def submit(self, request: pb.ModelInferRequest, inference: Inference) -> None:
-        """Take a request; the inference tells its answer, or why there is none: at once, or later."""
+    def submit(self, request: pb.ModelInferRequest, inference: Inference) -> Meaning | None:
+        """Take a request; the inference tells its answer, or why there is none: at once, or later.
+
+        Returns what later ones that only differ in id and rows will mean, if this is a step of a sequence that goes on.
+        """
         try:
             options = read_options(request.parameters)
             if options.sequence_id:
-                self._step(request, options, inference)
-            else:
-                lane = self.lane(request.model_name, request.model_version)
-                self._predict(request, options, inference, lane)
+                return self._step(request, options, inference)
+            self._predict(request, options, inference, self.lane(request.model_name, request.model_version))
         except ServiceError as error:
             inference.fail(error)
+        return None
+
+    def repeat(self, meaning: Meaning, rows: bytes, inference: Inference) -> None:
+        """Take a request whose meaning is known."""
+        sequence = meaning.sequence
+        plan, counts = self.plan(sequence.plan.lane)
+        inference.begin(plan, counts, meaning.outputs, wants_final=meaning.options.wants_final)
+        sequence.submit(self._engine, inference, Given([rows], meaning.form), meaning.options)
 
     # ---- steps of live sequences ------------------------------------------------------------------------------------
 
-    def _step(self, request: pb.ModelInferRequest, options: Options, inference: Inference) -> None:
+    def _step(self, request: pb.ModelInferRequest, options: Options, inference: Inference) -> Meaning | None:
         key: Key = (request.model_name, request.model_version, options.sequence_id)
         sequence = None if options.is_start else self._sequences.find(key)
         if sequence is None:
             lane = self.lane(request.model_name, request.model_version)
             if lane.is_whole and options.is_start and options.is_end:
                 self._predict(request, options, inference, lane)
-                return
+                return None
             _check_steppable(lane)
             plan, counts = self.plan(lane)
             if not options.is_start:
@@ -72,7 +84,8 @@ class Desk:
         else:
             plan, counts = self.plan(sequence.plan.lane)
         given = plan.read(request)
-        inference.begin(plan, counts, plan.pick_outputs(request), wants_final=options.wants_final)
+        outputs = plan.pick_outputs(request)
+        inference.begin(plan, counts, outputs, wants_final=options.wants_final)
         _check_one_sequence(given)
         if sequence is None:
             self._engine.check_open()
@@ -80,6 +93,10 @@ class Desk:
         if options.is_end:
             self._sequences.leave(sequence)
         sequence.submit(self._engine, inference, given, options)
+        goes_on = not (options.is_start or options.is_end)
+        if goes_on and plan.takes_any_bytes and given.lengths is None and len(request.raw_input_contents) == 1:
+            return Meaning(sequence, given.form, outputs, options)
+        return None
 
     # ---- whole sequences --------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class Inference:
         on_done  is told once it is answered or has failed
         """
         self.began_at = self.queued_at = time.perf_counter()
-        self.id = ""
+        self.id = b""
         """What the request calls itself."""
         self._on_done = on_done
         self.response: bytes | None = None

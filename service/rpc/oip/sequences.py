@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from service.engine import Engine
 from service.errors import ServiceError, SessionNotFound, Unavailable
@@ -43,6 +44,13 @@ class Sequence:
         self._sent = 0  # position of the next request's first step
         self._is_ending = False  # once every request is answered
         self._line: deque[Inference] = deque()
+        self.patterns: list[bytes] = []
+        """What its requests look like: see repeat.py."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests find it."""
+        return self._table.find(self.key) is self
 
     def is_idle(self, since: float) -> bool:
         """Whether nothing waits, and nothing has run since then."""
@@ -112,8 +120,13 @@ class Sequence:
 class SequenceTable:
     """Every live sequence."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_leave: Callable[[Sequence], None]) -> None:
+        """Begin with none.
+
+        on_leave  is told of every sequence that requests find no more
+        """
         self._engine = engine
+        self._on_leave = on_leave
         self._live: dict[Key, Sequence] = {}
         self._is_sweeping = False
 
@@ -154,8 +167,9 @@ class SequenceTable:
 
     def leave(self, sequence: Sequence) -> None:
         """Take no more requests for a sequence."""
-        if self._live.get(sequence.key) is sequence:
+        if sequence.is_open:
             del self._live[sequence.key]
+            self._on_leave(sequence)
 
     def restore(self, sequence: Sequence) -> bool:
         """Take requests again for a sequence whose end was refused; not if another one was begun in its place."""

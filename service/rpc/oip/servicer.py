@@ -107,7 +107,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Infer. Returns a serialised ModelInferResponse."""
         done = asyncio.get_running_loop().create_future()
         inference = Inference(lambda _: None if done.done() else done.set_result(None))
-        inference.id = request.id
+        inference.id = request.id.encode()
         self._desk.submit(request, inference)
         try:
             await done

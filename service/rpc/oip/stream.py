@@ -15,6 +15,7 @@ from service.errors import InvalidInput
 from service.pb.inference import inference_pb2 as pb
 from service.rpc.oip.desk import Desk
 from service.rpc.oip.inference import Inference
+from service.rpc.oip.repeat import StepReader
 from service.rpc.oip.tensors import failed_on_stream, on_stream
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class InferStream:
     def __init__(self, desk: Desk, settings: Settings) -> None:
         self._desk = desk
         self._settings = settings
+        self._reader = StepReader(desk.patterns)
         self._line: deque[Inference] = deque()
         self._num_line_bytes = 0
         self._num_line_steps = 0
@@ -41,13 +43,20 @@ class InferStream:
     def take(self, raw: bytes) -> None:
         """Take one request. Raises InvalidInput where it is none."""
         inference = Inference(self._on_done)
-        try:
-            request = pb.ModelInferRequest.FromString(raw)
-        except DecodeError as error:
-            raise InvalidInput(f"a message of the stream is no ModelInferRequest: {error}") from error
-        inference.id = request.id
-        self._line.append(inference)
-        self._desk.submit(request, inference)
+        repeat = self._reader.read(raw)
+        if repeat is not None:
+            meaning, inference.id, rows = repeat
+            self._line.append(inference)
+            self._desk.repeat(meaning, rows, inference)
+        else:
+            try:
+                request = pb.ModelInferRequest.FromString(raw)
+            except DecodeError as error:
+                raise InvalidInput(f"a message of the stream is no ModelInferRequest: {error}") from error
+            inference.id = request.id.encode()
+            self._line.append(inference)
+            if (learned := self._desk.submit(request, inference)) is not None:
+                self._reader.learn(raw, request, learned)
         self._num_line_bytes += inference.num_bytes
         self._num_line_steps += inference.num_steps
 
@@ -81,7 +90,7 @@ class InferStream:
         try:
             while True:
                 while self.is_ready:
-                    await context.write(self._pop())
+                    await context.write(self.pop())
                     self._has_written.set()
                 if self._is_finishing and not self._line:
                     return
@@ -92,7 +101,8 @@ class InferStream:
         finally:
             self._has_written.set()
 
-    def _pop(self) -> bytes:
+    def pop(self) -> bytes:
+        """Take the first answer that waits, as it is to be written."""
         inference = self._line.popleft()
         self._num_line_bytes -= inference.num_bytes
         self._num_line_steps -= inference.num_steps

@@ -36,6 +36,8 @@ _CONTENTS = {
     "INT64": "int64_contents",
     "BOOL": "bool_contents",
 }
+Written = tuple[int, tuple[int, ...], bytes]
+"""Index, shape and elements of an output."""
 _MAX_KNOWN = 1024
 """Most forms and heads that are remembered."""
 _REFUSED = ("shared_memory_region", "classification")
@@ -114,7 +116,8 @@ class InferPlan:
         self._known: dict[tuple[str, str, tuple[int, ...]], tuple[Form, int]] = {}
         self._heads: dict[tuple[int, tuple[int, ...]], bytes] = {}
         self._sole = next(iter(self.inputs)) if len(self.inputs) == 1 else None
-        self._takes_any_bytes = all(row.dtype != "bool" for row in self.inputs.values())
+        self.takes_any_bytes = all(row.dtype != "bool" for row in self.inputs.values())
+        """Whether rows of the right size can't be malformed."""
 
     def pick_outputs(self, request: pb.ModelInferRequest, *, with_states: bool = False) -> list[int]:
         """Indexes of the outputs that a request names; all by default. Past them come the states' next values.
@@ -142,7 +145,7 @@ class InferPlan:
     def read(self, request: pb.ModelInferRequest) -> Given:
         """Read the inputs. Raises InvalidInput and its kin, Exhausted, and Unimplemented for shared memory."""
         tensors, raw = request.inputs, request.raw_input_contents
-        if len(raw) == 1 and len(tensors) == 1 and self._sole is not None and self._takes_any_bytes:
+        if len(raw) == 1 and len(tensors) == 1 and self._sole is not None and self.takes_any_bytes:
             tensor = tensors[0]
             known = self._known.get((tensor.name, tensor.datatype, tuple(tensor.shape)))
             if known is not None and len(raw[0]) == known[1] and not tensor.HasField("contents"):
@@ -268,16 +271,16 @@ class InferPlan:
 
     # ---- responses --------------------------------------------------------------------------------------------------
 
-    def write(self, request_id: str, outputs: Sequence[tuple[int, tuple[int, ...], bytes]], *, is_final: bool) -> bytes:
+    def write(
+        self, request_id: bytes, outputs: Sequence[tuple[int, tuple[int, ...], bytes]], *, is_final: bool
+    ) -> bytes:
         """Write a ModelInferResponse.
 
-        outputs   (index, shape, elements) of each
         is_final  say that it is the last of its request
         """
         parts = [self._head]
         if request_id:
-            encoded = request_id.encode()
-            parts += (_ID_TAG, varint(len(encoded)), encoded)
+            parts += (_ID_TAG, varint(len(request_id)), request_id)
         if is_final:
             parts.append(_FINAL)
         heads = self._heads
@@ -297,7 +300,7 @@ class InferPlan:
         return head
 
     def write_prediction(
-        self, request_id: str, given: Given, outputs: list[int], prediction: Prediction, *, is_final: bool
+        self, request_id: bytes, given: Given, outputs: list[int], prediction: Prediction, *, is_final: bool
     ) -> bytes:
         """Write the answer to whole sequences; prediction has the picked outputs alone, in their order."""
         answered = [index for index in outputs if index < len(self.outputs)]
@@ -322,10 +325,10 @@ def on_stream(response: bytes) -> bytes:
     return _RESPONSE_TAG + varint(len(response)) + response
 
 
-def failed_on_stream(request_id: str, message: str) -> bytes:
+def failed_on_stream(request_id: bytes, message: str) -> bytes:
     """Say on a stream that a request failed."""
     return pb.ModelStreamInferResponse(
-        error_message=message, infer_response=pb.ModelInferResponse(id=request_id)
+        error_message=message, infer_response=pb.ModelInferResponse(id=request_id.decode())
     ).SerializeToString()
 
 
