@@ -95,6 +95,19 @@ async def test_start_does_not_wait_for_what_is_queued_under_its_id(lane: Lane, r
         assert lane.num_sessions == 0
 
 
+async def test_end_that_was_refused_does_not_come_back_behind_a_new_start(lane: Lane) -> None:
+    async with desk_of(lane) as desk:
+        burst = [
+            Asked(desk, step("lstm", 1, BAD, sequence_start=True, sequence_end=True)),
+            Asked(desk, step("lstm", 1, steps_of(0, 1), sequence_start=True, sequence_end=True)),
+        ]
+        bad, good = [await each.rows() for each in burst]
+        assert "is nan" in bad
+        assert not isinstance(good, str)
+        assert "is not live" in await Asked(desk, step("lstm", 1, steps_of(0, 1))).rows()
+        assert lane.num_sessions == 0
+
+
 async def test_executions_are_runs_whoever_shares_them(lane: Lane) -> None:
     async with desk_of(lane) as desk:
         counts = pb.ModelStatistics()

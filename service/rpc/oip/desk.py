@@ -91,7 +91,7 @@ class Desk:
             self._engine.check_open()
             sequence = self._sequences.begin(key, plan, options.priority)
         if options.is_end:
-            self._sequences.leave(sequence)
+            self.patterns.forget(sequence)
         sequence.submit(self._engine, inference, given, options)
         goes_on = not (options.is_start or options.is_end)
         if goes_on and plan.takes_any_bytes and given.lengths is None and len(request.raw_input_contents) == 1:

@@ -42,7 +42,9 @@ class Sequence:
         handle, _, _ = plan.lane.open(self._link, terms, now)
         self._session = self._link.sessions[handle]
         self._sent = 0  # position of the next request's first step
-        self._is_ending = False  # once every request is answered
+        self.is_ending = False
+        """Whether it takes no more requests, and ends once those that wait are answered."""
+        self._ends_anyway = False  # even if the request that was to end it is refused
         self._line: deque[Inference] = deque()
         self.patterns: list[bytes] = []
         """What its requests look like: see repeat.py."""
@@ -65,20 +67,21 @@ class Sequence:
         if options.timeout_s != NEVER:
             steps.deadline = engine.clock() + options.timeout_s
         self._sent += num_steps
-        self._is_ending = options.is_end
+        self.is_ending = options.is_end
         self._line.append(inference)
         engine.submit(self.plan.lane, steps)
 
     def end(self) -> None:
-        """End it once every request is answered."""
-        self._is_ending = True
+        """End it once every request is answered, whatever becomes of them."""
+        self.is_ending = self._ends_anyway = True
         self._settle()
 
     def _settle(self) -> None:
         """Where nothing waits any more: end, or count on from what was applied."""
         if self._line:
             return
-        if self._is_ending:
+        if self.is_ending:
+            self._table.leave(self)
             self.plan.lane.end(self._session, SessionState.CLOSED)
         else:
             self._sent = self._session.expected
@@ -95,7 +98,7 @@ class Sequence:
                 self._lose(event.error)
             else:
                 self._refuse(event)
-        elif not self._is_ending:
+        elif not self.is_ending:
             self._lose(Unavailable(f"sequence {self.key[2]!r} was ended by the server: begin it again"))
 
     def _refuse(self, event: StepsFailed) -> None:
@@ -103,8 +106,8 @@ class Sequence:
         until = event.position + event.num_steps
         refused = [each for each in self._line if event.position <= each.position < until]
         self._line = deque(each for each in self._line if each not in refused)
-        if self._is_ending and any(each.ends for each in refused):
-            self._is_ending = not self._table.restore(self)
+        if any(each.ends for each in refused):
+            self.is_ending = self._ends_anyway
         self._settle()
         for each in refused:
             each.fail(event.error)
@@ -123,7 +126,7 @@ class SequenceTable:
     def __init__(self, engine: Engine, on_leave: Callable[[Sequence], None]) -> None:
         """Begin with none.
 
-        on_leave  is told of every sequence that requests find no more
+        on_leave  is told of every sequence that is forgotten
         """
         self._engine = engine
         self._on_leave = on_leave
@@ -146,15 +149,16 @@ class SequenceTable:
         return sequence
 
     def find(self, key: Key) -> Sequence | None:
-        """Find the sequence that lives under exactly that key."""
-        return self._live.get(key)
+        """Find the sequence that takes requests under exactly that key."""
+        sequence = self._live.get(key)
+        return None if sequence is None or sequence.is_ending else sequence
 
     def find_spelled(self, key: Key, plan: InferPlan) -> Sequence:
         """Find a sequence of a model version that may have been begun with its other spelling.
 
         Raises SessionNotFound.
         """
-        sequence = self._live.get(_other_spelling(key, plan))
+        sequence = self.find(_other_spelling(key, plan))
         if sequence is None or sequence.plan is not plan:
             limit_s = self._engine.settings.sequence_idle_s
             idle = f", was without requests for {limit_s:g} s (sequence_idle_s)" if limit_s else ""
@@ -166,14 +170,10 @@ class SequenceTable:
         return sequence
 
     def leave(self, sequence: Sequence) -> None:
-        """Take no more requests for a sequence."""
-        if sequence.is_open:
+        """Forget a sequence."""
+        if self._live.get(sequence.key) is sequence:
             del self._live[sequence.key]
             self._on_leave(sequence)
-
-    def restore(self, sequence: Sequence) -> bool:
-        """Take requests again for a sequence whose end was refused; not if another one was begun in its place."""
-        return self._live.setdefault(sequence.key, sequence) is sequence
 
     @property
     def _sweep_s(self) -> float:
@@ -183,7 +183,6 @@ class SequenceTable:
         """End what has been idle for too long."""
         since = self._engine.clock() - self._engine.settings.sequence_idle_s
         for sequence in [each for each in self._live.values() if each.is_idle(since)]:
-            self.leave(sequence)
             sequence.end()
         self._is_sweeping = bool(self._live)
         if self._is_sweeping:
