@@ -1,6 +1,6 @@
 """`make bench`: every budget beside what was measured here, and loads of every shape, in one run.
 
-python -m benchmarks [--quick] [--only WORD]
+python -m benchmarks [--quick] [--only WORD] [--peer TARGET,PID,MODEL]
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import budgets, pressure, ramps
+from benchmarks import budgets, perf_analyzer, pressure, ramps
 from benchmarks.measure import FEATURES, MODELS, OUTPUTS, Result, Settings, model_name
 from benchmarks.report import JSON, PICTURE, draw, line, machine, write_json
 from tests.onnx_models import build
@@ -32,6 +33,7 @@ SECTIONS: dict[str, list[Callable[[Path, Settings], Iterator[Result]]]] = {
     "Messages of every shape, beside onnxruntime alone and a bare echo": [ramps.shapes, ramps.raw_costs],
     "Every cell and size": [ramps.models],
     "What more threads and workers give": [ramps.cores],
+    "The Open Inference Protocol, under Triton's load tester": [perf_analyzer.perf_analyzer],
 }
 
 
@@ -48,8 +50,9 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="measure, and write nothing, where the function has this in its name"
     )
+    parser.add_argument("--peer", default="", help="a server of the Open Inference Protocol: TARGET,PID,MODEL")
     arguments = parser.parse_args()
-    settings = QUICK if arguments.quick else FULL
+    settings = replace(QUICK if arguments.quick else FULL, peer=arguments.peer)
     began = time.perf_counter()
     print("measured on: " + ", ".join(f"{name} {value}" for name, value in machine().items()))
     print(f"{settings.rounds} rounds of {settings.seconds:g} s; what is compared takes turns")

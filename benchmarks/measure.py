@@ -37,6 +37,8 @@ class Settings:
     rounds: int
     seconds: float
     """Of one measurement."""
+    peer: str = ""
+    """Another server to compare with: see perf_analyzer.py."""
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 
 from benchmarks.measure import FEATURES, HIDDEN, OUTPUTS
 from benchmarks.processes import Process, rnnserve
-from service.pb.inference import inference_pb2 as pb
-from service.pb.inference import inference_pb2_grpc as pb_grpc
 from tests.onnx_models import build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -60,14 +57,3 @@ def run_client(server: Process, tmp_path: Path) -> Callable[..., dict[str, objec
             return {**json.loads((tmp_path / "found.json").read_text()), **found}
 
     return run
-
-
-@pytest.fixture
-def statistics(server: Process) -> Iterator[Callable[[str], pb.ModelStatistics]]:
-    with grpc.insecure_channel(server.target) as channel:
-        stub = pb_grpc.GRPCInferenceServiceStub(channel)
-
-        def of(model: str) -> pb.ModelStatistics:
-            return stub.ModelStatistics(pb.ModelStatisticsRequest(name=model)).model_stats[0]
-
-        yield of
