@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,9 @@ class CurveNet(nn.Module):
         states   each [batch, 1, hidden]; those returned go on with the curve
         Returns (y [batch, max(lengths), outputs], *next states).
         """
-        steps, following = self.stack(self._steps(context, int(lengths.max().item())), lengths, states)
+        # No int() around it: while tracing, it is a symbol.
+        num_steps = cast("int", lengths.max().item())
+        steps, following = self.stack(self._steps(context, num_steps), lengths, states)
         return (self._answer(steps), *following)
 
     def scores(self, context: Tensor, lengths: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Rules:
     """What each letter stands for in the context that was seen most often."""
 
     def __init__(self, examples: Examples) -> None:
-        """Align pairs of sources and targets, and count; those with more than two ids to a letter are left out."""
+        """Align pairs of sources and targets, and count; those that cannot be aligned are left out."""
         aligned = align(examples)
         counts: dict[tuple[int, ...], Counter[tuple[int, ...]]] = defaultdict(Counter)
         for number, sizes in aligned.items():
@@ -57,7 +57,7 @@ def align(examples: Examples) -> dict[int, Array]:
     """Find how many ids of the target each id of the source stands for, [source length], by number of the example."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, (source, target) in enumerate(zip(examples.sources, examples.targets, strict=True)):
-        if len(target) <= MOST_PHONEMES * len(source):
+        if 0 < len(target) <= MOST_PHONEMES * len(source):
             groups[len(source), len(target)].append(number)
     batches = [
         (numbers, np.stack([examples.sources[n] for n in numbers]), np.stack([examples.targets[n] for n in numbers]))
