@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import base64
+import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.processes import rnnserve
+from tests.compat.conftest import BIN, ROOT
 from tests.lanes import equal
+from tests.onnx_models import build
 from tests.rpc import run_alone
 
 RunClient = Callable[..., dict[str, object]]
@@ -90,3 +95,22 @@ def test_client_that_knows_reflection_alone(run_client: RunClient, models: Path)
         raw = np.frombuffer(base64.b64decode(response["raw_output_contents"][0]), dtype=np.float32)
         equal(raw.reshape(2, 5, 16), alone(models, "whole", x))
     assert len(found["streamed"]) == 2
+
+
+def test_page_for_users_of_triton(tmp_path: Path) -> None:
+    """The example in docs/triton.md, as it stands there."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "triton.md").read_text(), re.DOTALL)
+    build("gru", features=12, hidden=64, outputs=9).save(tmp_path, "vowels")
+    found = tmp_path / "found.npz"
+    with rnnserve(tmp_path) as server:
+        code = code.replace("localhost:8001", server.target)
+        code += f"np.savez({str(found)!r}, live=np.stack(live), whole=whole)\n"
+        done = subprocess.run([BIN / "python", "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert not done.returncode, done.stderr
+    frames = np.random.default_rng(0).standard_normal((20, 12)).astype(np.float32)
+    expected = run_alone(tmp_path, "vowels", frames)
+    with np.load(found) as arrays:
+        equal(arrays["live"], expected)
+        equal(arrays["whole"][0], expected)
+        equal(arrays["whole"][1, :13], expected[:13])
+        assert not arrays["whole"][1, 13:].any()
