@@ -17,6 +17,7 @@ import click
 from models.dataflags import data_options
 from models.errors import DataError, MissingExtra, ModelsError, RecipeError, UnknownTask
 from models.recipe import Recipe
+from models.spec import Spec
 from models.tasks import NAMES
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -80,7 +81,7 @@ def train(
     It holds run.toml (which --config runs again), metrics.json, curves.csv, curves.png, best.pt (the epoch with the
     best validation loss) and last.pt (to resume from). Ctrl-C keeps the best so far. Flags go before a config file.
     """
-    with _extra("train", *_TRAIN_MODULES):
+    with needs("train", *_TRAIN_MODULES):
         from models.config import RunConfig
         from models.runs import Run
         from models.train import train as run_training
@@ -128,20 +129,12 @@ def export(run: Path, repository: Path, name: str | None, version: int | None) -
 
     Before it is written, onnxruntime's answers are compared with torch's; a file that differs is not written.
     """
-    with _extra("export", *_TRAIN_MODULES, "onnxruntime"):
+    with needs("export", *_TRAIN_MODULES, "onnxruntime"):
         from models.export import export_run
         from models.runs import Run
 
     exported = export_run(Run(run), repository, name=name, version=version)
-    spec = exported.spec
-    operators = [", ".join(f"{count} {each}" for each, count in graph.operators.items()) for graph in spec.graphs]
-    click.echo(f"{exported.path}: {exported.size:,} bytes, {'; its encoder: '.join(operators)}")
-    click.echo(
-        f"  torch and onnxruntime differ by {spec.parity.max_abs_error:.2g} at most, in {spec.parity.num_cases} cases "
-        f"({spec.parity.tolerance:.0e} is allowed)"
-    )
-    click.echo(f"  {spec.step_mode[0].value}: {spec.step_mode[1]}")
-    click.echo(f"next: rnnserve serve --repository {repository}")
+    tell_written(exported.path, exported.spec, exported.size, repository)
 
 
 @click.command(short_help="Check a model file.")
@@ -153,7 +146,7 @@ def verify(file: Path) -> None:
     Its golden inputs are run, and a causal model also whole against in chunks with the state carried on; onnxruntime
     is all that is needed. Exits with 0 when every answer is right, else with 1.
     """
-    with _extra("verify", "onnxruntime"):
+    with needs("verify", "onnxruntime"):
         from models.modelfile import ModelFile
 
     checks = ModelFile(file).verify()
@@ -171,7 +164,7 @@ def verify(file: Path) -> None:
 @reports_errors
 def describe(file: Path, as_json: bool) -> None:
     """Describe a model file: what it takes and answers, how it can be stepped, where it came from."""
-    with _extra("describe", "onnxruntime"):
+    with needs("describe", "onnxruntime"):
         from models import describe as describing
         from models.modelfile import ModelFile
 
@@ -179,8 +172,20 @@ def describe(file: Path, as_json: bool) -> None:
     click.echo(json.dumps(describing.as_json(model), indent=2) if as_json else describing.as_text(model))
 
 
+def tell_written(path: Path, spec: Spec, size: int, repository: Path) -> None:
+    """Print what is worth knowing of a model version that was written; size is the bytes of all its files."""
+    operators = [", ".join(f"{count} {each}" for each, count in graph.operators.items()) for graph in spec.graphs]
+    click.echo(f"{path}: {size:,} bytes, {'; its encoder: '.join(operators)}")
+    click.echo(
+        f"  torch and onnxruntime differ by {spec.parity.max_abs_error:.2g} at most, in {spec.parity.num_cases} cases "
+        f"({spec.parity.tolerance:.0e} is allowed)"
+    )
+    click.echo(f"  {spec.step_mode[0].value}: {spec.step_mode[1]}")
+    click.echo(f"next: rnnserve serve --repository {repository}")
+
+
 @contextmanager
-def _extra(command: str, *modules: str) -> Iterator[None]:
+def needs(command: str, *modules: str) -> Iterator[None]:
     """Import what a command needs; say which extra brings a module that is missing."""
     import importlib
 

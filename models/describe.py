@@ -88,8 +88,12 @@ def _layers(spec: Spec) -> Iterable[str]:
     for number, layer in enumerate(spec.layers):
         way = "bidirectional" if layer.directions == 2 else "backward" if layer.go_backwards else "forward"
         gates = "" if layer.cell == "rnn" else f", gates {layer.recurrent_activation}"
+        read = f" over windows of {layer.window} rows" if layer.window else ""
         form = "" if layer.form == "operator" else f", {layer.form}: no {layer.cell.upper()} operator"
-        yield f"{number}: {layer.cell.upper()}, {layer.hidden} units, {way}, activation {layer.activation}{gates}{form}"
+        yield (
+            f"{number}: {layer.cell.upper()}, {layer.hidden} units, {way}{read}, "
+            f"activation {layer.activation}{gates}{form}"
+        )
 
 
 def _generation(spec: Spec) -> Iterable[str]:

@@ -8,6 +8,8 @@ ModelsError
 ├── RunError          a run's directory is missing, taken or damaged
 ├── ExportError       a file could not be made
 │   └── ParityError   the file would answer differently from the model it came from
+├── ConversionError   a model from elsewhere that cannot become one of ours
+│   └── ForeignFileError  its file cannot be read, or is damaged
 └── ModelFileError    a file that is not a model of ours, or is damaged
 """
 
@@ -61,6 +63,14 @@ class ParityError(ExportError):
         self.case = case
         self.output = output
         self.error = error
+
+
+class ConversionError(ModelsError):
+    """A model from elsewhere has a part that ours cannot have; change the layer and option that are named."""
+
+
+class ForeignFileError(ConversionError):
+    """The file of a model from elsewhere cannot be read, is damaged or of another format; save it again."""
 
 
 class ModelFileError(ModelsError):

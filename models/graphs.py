@@ -173,9 +173,13 @@ def _check(model: onnx.ModelProto, spec: GraphSpec) -> None:
         nodes = [node for node in model.graph.node if node.op_type == operator]
         if len(nodes) != wanted:
             raise ExportError(f"{wanted} layers came out as {len(nodes)} {operator} operators")
+        # Those within windows have lengths of their own.
+        over_steps = sum(layer.cell == cell and layer.form == "operator" and not layer.window for layer in spec.layers)
+        if sum(node.input[4] == LENGTHS for node in nodes) != over_steps:
+            raise ExportError(
+                f"{operator}: sequence_lens is not wired to {LENGTHS!r} in each of {over_steps} operators"
+            )
         for node in nodes:
-            if node.input[4] != LENGTHS:
-                raise ExportError(f"{node.name}: sequence_lens is not wired to {LENGTHS!r}")
             if unfolded := [name for name in node.input[1:4] if name and name not in constants]:
                 raise ExportError(f"{node.name}: weights {', '.join(unfolded)} are computed at run time")
     layouts = {t.name: t.layout for t in (*spec.inputs, *spec.outputs)}

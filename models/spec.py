@@ -128,11 +128,13 @@ class LayerSpec(_Frozen):
     """Whether a GRU's reset gate is applied after the recurrent product (as torch) or before it."""
     form: Literal["operator", "unrolled", "decomposed"] = "operator"
     """The native ONNX operator; a step's nodes repeated GraphSpec.fixed_steps times; or nodes within an ONNX Scan."""
+    window: Positive | None = None
+    """Rows of the window that it reads within a single answer, each time from zero states; None: it reads the steps."""
 
     @property
     def is_causal(self) -> bool:
         """Whether an output depends on the steps up to it alone."""
-        return self.directions == 1 and not self.go_backwards
+        return self.window is not None or (self.directions == 1 and not self.go_backwards)
 
 
 class GraphSpec(_Frozen):
@@ -357,11 +359,12 @@ class Spec(_Frozen):
                 f"it is unrolled: a run takes {self.graph.fixed_steps} steps, however few of them are real",
             )
         for number, layer in enumerate(self.graph.layers):
+            if layer.is_causal:
+                continue
             if layer.directions == 2:
                 why = f"layer {number} is bidirectional: its output at any step depends on the steps that come after it"
                 return StepMode.BUFFERED, why
-            if layer.go_backwards:
-                return StepMode.BUFFERED, f"layer {number} goes backwards: it begins with the last step"
+            return StepMode.BUFFERED, f"layer {number} goes backwards: it begins with the last step"
         return StepMode.STEPPING, "every layer is causal: an output depends on the steps up to it alone"
 
     def to_json(self) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+os.environ["KERAS_BACKEND"] = "torch"  # read when keras is imported; tensorflow is not there
 
 from models import tasks
 from models.export import export_run
