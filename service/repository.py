@@ -51,9 +51,8 @@ def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> 
     check_provider(settings.provider)
     loaded = Loaded(store=SpillStore(settings.spill_store) if settings.spill_store else None)
     for model in _folders(root):
-        folders = _folders(model)
-        versions = sorted(int(path.name) for path in folders if _is_version(path.name))
-        misnamed = [path for path in folders if not _is_version(path.name) and (path / MODEL_FILE).exists()]
+        versions = _versions(model)
+        misnamed = [path for path in _folders(model) if not _is_version(path.name) and (path / MODEL_FILE).exists()]
         for path in misnamed:
             error = ModelBroken(f"{path}: not a version: name it by a number from 1 on, without leading zeros")
             loaded.broken.append(Broken(model.name, 0, error))
@@ -105,6 +104,15 @@ def load_version(
         raise ModelBroken(f"{path}: no memory for the states of all sequences: lower max_sessions ({error})") from error
     except (ModelBroken, RunFailed) as error:
         raise ModelBroken(f"{path}: {error}") from error
+
+
+def models_on_disk(root: Path) -> dict[str, list[int]]:
+    """Versions of every model in a repository, whether they can be served or not."""
+    return {model.name: versions for model in _folders(root) if (versions := _versions(model))}
+
+
+def _versions(model: Path) -> list[int]:
+    return sorted(int(path.name) for path in _folders(model) if _is_version(path.name))
 
 
 def _folders(path: Path) -> list[Path]:

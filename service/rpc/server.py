@@ -17,10 +17,12 @@ from grpc_reflection.v1alpha import reflection
 from service.config import Settings
 from service.engine import Engine
 from service.errors import ConfigError
+from service.lane import Lane
 from service.repository import Broken, Loaded
 from service.rpc.handoff import Handoff
 from service.rpc.interceptors import ErrorInterceptor
 from service.rpc.native import SERVICE_NAME, SequenceServicer
+from service.rpc.oip.repository import Repository
 from service.rpc.oip.servicer import SERVICE_NAME as INFERENCE_NAME
 from service.rpc.oip.servicer import InferenceServicer
 from service.rpc.peers import Peer, Place
@@ -57,7 +59,8 @@ class Server:
         if place is not None:
             self._handoff = Handoff(self.engine, [Peer(each.path) for each in place.siblings], place.index)
         self._native = SequenceServicer(self.engine, loaded.broken, self._handoff)
-        self._inference = InferenceServicer(self.engine, loaded.broken)
+        on_load = self._announce if place is None else None  # a call reaches one worker alone
+        self._inference = InferenceServicer(self.engine, Repository(self.engine, loaded, on_load))
         self._grpc: grpc.aio.Server | None = None
         self._http: web.AppRunner | None = None
 
@@ -88,8 +91,10 @@ class Server:
         self.engine.start()
         await self._start_http()
         await self._grpc.start()
-        for name in self._health_names():
+        for name in ("", SERVICE_NAME, INFERENCE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        for lane in self.engine.lanes:
+            await self._announce(lane)
 
     async def stop(self) -> None:
         """Drain: refuse what is new, tell the streams, let them end within the time that is set, then stop."""
@@ -133,17 +138,10 @@ class Server:
         path = None if self._place is None else self._place.path
         self._http, self.http_port = await listen(app, self.settings, path)
 
-    def _health_names(self) -> list[str]:
-        """Names that health answers for: the server, the service, each model and each of its versions."""
-        lanes = self.engine.lanes
-        names = {
-            "",
-            SERVICE_NAME,
-            INFERENCE_NAME,
-            *(lane.name for lane in lanes),
-            *(f"{lane.name}/{lane.version}" for lane in lanes),
-        }
-        return sorted(names)
+    async def _announce(self, lane: Lane) -> None:
+        """Let health say that a model version is served."""
+        for name in (lane.name, f"{lane.name}/{lane.version}"):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials:

@@ -13,7 +13,6 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from service.pb.inference import inference_pb2 as pb
 from service.rpc.oip.servicer import ABSENT, SERVICE_NAME
 from tests.oip.calls import refused, request, step, stub_of
-from tests.onnx_models import build
 from tests.rpc import code_of, details
 from tests.serving import Served, serving
 
@@ -65,29 +64,6 @@ def test_configuration_of_a_model_that_needs_whole_sequences(stub) -> None:
     assert config.dynamic_batching.priority_levels == 3
     assert config.dynamic_batching.default_priority_level == 2
     assert [list(t.dims) for t in config.output] == [[2]]
-
-
-def test_index_lists_what_is_served_and_what_is_broken(tmp_path: Path) -> None:
-    build("gru").save(tmp_path, "good", 1)
-    build("gru").save(tmp_path, "good", 12)
-    build("gru").save(tmp_path, "good", 3)
-    (tmp_path / "bad" / "1").mkdir(parents=True)
-    (tmp_path / "bad" / "1" / "model.onnx").write_bytes(b"no model")
-    (tmp_path / "empty").mkdir()
-    with serving(tmp_path) as served, stub_of(served) as stub:
-        models = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
-        assert [(m.name, m.version, m.state) for m in models] == [
-            ("bad", "1", "UNAVAILABLE"),
-            ("empty", "", "UNAVAILABLE"),
-            ("good", "1", "READY"),
-            ("good", "3", "READY"),
-            ("good", "12", "READY"),
-        ]
-        assert "no version in it" in models[1].reason
-        ready = stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True)).models
-        assert [m.name for m in ready] == ["good"] * 3
-        with pytest.raises(grpc.RpcError, match="there is one, without a name"):
-            stub.RepositoryIndex(pb.RepositoryIndexRequest(repository_name="other"))
 
 
 def statistics(stub, **fields: str) -> dict[tuple[str, str], pb.ModelStatistics]:

@@ -11,13 +11,11 @@ from models.spec import Layout, TensorSpec
 from service.lane import Lane
 from service.pb.inference import inference_pb2 as pb
 from service.policies import Priority
-from service.repository import Broken
 from service.rpc.oip.tensors import DATATYPES
 
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
-EXTENSIONS = ("sequence", "schedule_policy", "model_configuration", "statistics", "parameters", "binary_tensor_data")
+EXTENSIONS = ("sequence", "schedule_policy", "model_configuration", "statistics", "parameters")
 """Triton's, that are there."""
-READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 ANY = -1
 """A dimension of any size."""
 
@@ -51,17 +49,6 @@ def config_of(lane: Lane) -> pb.ModelConfig:
         config.sequence_batching.max_sequence_idle_microseconds = int(settings.sequence_idle_s * 1e6)
         config.sequence_batching.oldest.max_candidate_sequences = settings.max_sessions
     return config
-
-
-def index_of(lanes: Sequence[Lane], broken: Sequence[Broken], *, is_ready: bool) -> pb.RepositoryIndexResponse:
-    """List model versions; is_ready: only those that are served."""
-    entries = [(lane.name, lane.version, READY, "") for lane in lanes]
-    if not is_ready:
-        entries += [(each.name, each.version, UNAVAILABLE, str(each.error)) for each in broken]
-    response = pb.RepositoryIndexResponse()
-    for name, version, state, reason in sorted(entries):
-        response.models.add(name=name, version=str(version or ""), state=state, reason=reason)
-    return response
 
 
 def _dims(tensor: TensorSpec) -> tuple[int, ...]:

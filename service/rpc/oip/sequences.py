@@ -139,7 +139,7 @@ class SequenceTable:
         sequence = Sequence(self, key, plan, terms, self._engine.clock())
         for spelling in (key, _other_spelling(key, plan)):
             before = self._live.get(spelling)
-            if before is not None and before.plan is plan:
+            if before is not None and (spelling == key or before.plan is plan):
                 self.leave(before)
                 before.end()
         self._live[key] = sequence

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,14 +11,14 @@ import grpc.aio
 from google.protobuf import message_factory
 
 from service.engine import Engine
-from service.errors import InvalidInput, ModelNotFound, ServiceError, Unimplemented
+from service.errors import ModelNotFound, ServiceError, Unimplemented
 from service.events import Event, Link
 from service.pb.inference import inference_pb2 as pb
 from service.pb.inference import inference_pb2_grpc as pb_grpc
-from service.repository import Broken
-from service.rpc.oip.describe import EXTENSIONS, config_of, index_of, metadata_of
+from service.rpc.oip.describe import EXTENSIONS, config_of, metadata_of
 from service.rpc.oip.desk import Desk
 from service.rpc.oip.inference import Inference
+from service.rpc.oip.repository import Repository, check_name
 from service.rpc.oip.stream import InferStream
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -41,9 +40,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     """Maps requests to the engine and results to responses."""
 
-    def __init__(self, engine: Engine, broken: Sequence[Broken]) -> None:
+    def __init__(self, engine: Engine, repository: Repository) -> None:
         self._engine = engine
-        self._broken = broken
+        self._repository = repository
         self._desk = Desk(engine)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
@@ -89,19 +88,25 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         """List the repository."""
-        if request.repository_name:
-            raise InvalidInput(
-                f"no repository {request.repository_name!r}: there is one, without a name", field="repository_name"
-            )
-        return index_of(self._engine.lanes, self._broken, is_ready=request.ready)
+        check_name(request.repository_name)
+        return self._repository.index(is_ready=request.ready)
 
-    async def RepositoryModelLoad(self, request: pb.RepositoryModelLoadRequest, context: Context) -> None:
-        """Refuse."""
-        raise Unimplemented("models are loaded when the server starts: put them into its repository and start it again")
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Serve what is on disk of a model and is not served."""
+        check_name(request.repository_name)
+        if request.parameters:
+            raise Unimplemented(
+                f"parameter {min(request.parameters)}: models and configurations come from the repository alone; "
+                "put the model there and load it without parameters"
+            )
+        await self._repository.load(request.model_name)
+        return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest, context: Context) -> None:
         """Refuse."""
-        raise Unimplemented("models are loaded when the server starts: take them out of its repository, start it again")
+        raise Unimplemented("models can't be unloaded: take it out of the repository, and start the server again")
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> bytes:
         """Infer. Returns a serialised ModelInferResponse."""
