@@ -15,7 +15,7 @@ from models.tasks.generating import CurveTask, GenerationTask, TextTask, Transdu
 from models.tasks.own import load as load_own
 from models.tasks.settings import DataSettings
 
-NAMES = ("vowels", "waterflow", "names", "power", "namegen", "g2p")
+NAMES = ("vowels", "waterflow", "names", "prices", "returns", "power", "namegen", "g2p")
 """Tasks that ship, each a module of this package with a function `task`."""
 
 __all__ = [

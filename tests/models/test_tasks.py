@@ -37,7 +37,7 @@ def test_loading_needs_no_torch():
 
 
 def test_unknown_task_names_the_known_ones():
-    with pytest.raises(UnknownTask, match="no task 'vowel': there are vowels, waterflow, names"):
+    with pytest.raises(UnknownTask, match="no task 'vowel': there are vowels, waterflow, names, prices"):
         tasks.load("vowel")
 
 
