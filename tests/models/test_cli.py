@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
 
-import models.record
 from models import cli
 from models.checks import differ, random_cuts, run_in_chunks
 from models.modelfile import ModelFile
@@ -91,17 +90,6 @@ def test_export_refuses_what_is_no_run(tmp_path):
     done = invoke(cli.export, tmp_path, "--repository", tmp_path / "repository")
     assert done.exit_code == 1
     assert done.stderr == f"error: {tmp_path} has no best.pt: it is no run, or ended before its first epoch did\n"
-
-
-def test_record_writes_every_seed_and_the_median(tmp_path, monkeypatch):
-    task = make_task()
-    monkeypatch.setattr("models.tasks.load", {"vowels": task}.get)
-    done = invoke(models.record.main, "vowels", "--seeds", 3, "--out", tmp_path)
-    assert done.exit_code == 0, done.output
-    record = json.loads((tmp_path / "vowels.json").read_text())
-    losses = [run["test"]["loss"] for run in record["runs"]]
-    assert len(set(losses)) == 3
-    assert record["median_test"]["loss"] == sorted(losses)[1]
 
 
 # Reading files

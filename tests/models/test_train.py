@@ -23,7 +23,6 @@ import torch
 import models.train
 from models import tasks
 from models.errors import RecipeError, RunError
-from models.recipe import Recipe
 from models.runs import Run
 from models.train import load_net, train
 from tests.models.conftest import make_task
@@ -357,25 +356,3 @@ def test_module_trains_as_the_command_does(tmp_path):
     assert done.stderr == ""  # no progress bar: nobody watches
     assert done.stdout.splitlines()[-1] == "next: rnnserve export run --repository repository"
     assert Run(tmp_path / "run").read_json("metrics.json")["epochs"] == 1
-
-
-# Records
-
-
-@pytest.mark.parametrize("name", ["vowels", "waterflow"])
-def test_record_is_of_the_recipe_that_ships(name):
-    path = ROOT / "models" / "tasks" / "records" / f"{name}.json"
-    record = json.loads(path.read_text())
-    assert record["command"] == f"python -m models.record {name} --seeds 3"
-    assert record["recipe"].pop("seed") is None
-    # A setting that the record does not know yet is the one it always was.
-    assert Recipe.of(record["recipe"]) == tasks.load(name).recipe
-    assert [run["seed"] for run in record["runs"]] == [0, 1, 2]
-    metric = "accuracy" if name == "vowels" else "mae"
-    values = sorted(run["test"][metric] for run in record["runs"])
-    assert record["median_test"][metric] == values[1]
-    if name == "vowels":
-        assert values[1] >= 0.93
-        assert record["median_train_seconds"] < 60
-    else:
-        assert values[1] < record["baseline"]["test"]["mae"]
