@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, get_args, get_origin
 
 import click
 
@@ -47,13 +47,19 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for every setting of a recipe; its help is the text under the field."""
     for name, field in reversed(Recipe.model_fields.items()):
         flag = f"--{name.replace('_', '-')}"
-        choices = get_args(field.annotation)
-        kind: Any = click.Choice(choices) if choices else field.annotation
+        kind: Any = _kind(field.annotation)
         switch = f"{flag}/--no-{name.replace('_', '-')}" if kind is bool else flag
         command = click.option(
             switch, name, type=kind, default=None, help=f"{field.description}  [default: the task's]"
         )(command)
     return command
+
+
+def _kind(annotation: Any) -> Any:
+    """What click makes of a field's type: a choice of words, a plain type, or text that the recipe reads itself."""
+    if get_origin(annotation) is Literal:
+        return click.Choice(get_args(annotation))
+    return annotation if isinstance(annotation, type) else str
 
 
 @click.command(short_help="Train a net on a task, or on data of your own.")

@@ -69,7 +69,7 @@ class RunConfig(BaseModel):
     def of(cls, task: AnyTask, recipe: Recipe, versions: Mapping[str, str]) -> Self:
         """Say what a run is made from."""
         what: dict[str, Any] = {"data": dict(task.source)} if task.source else {"task": task.name}
-        return cls.model_validate(what | {"recipe": recipe.to_dict(), "versions": dict(versions)})
+        return cls.model_validate(what | {"recipe": _without_none(recipe.to_dict()), "versions": dict(versions)})
 
     def to_toml(self) -> str:
         """The text of a config file."""

@@ -30,7 +30,7 @@ class CurveNet(nn.Module):
         """Make an untrained net, its scaling measured on the training split."""
         super().__init__()
         self.stack = Stack(recipe, task.context.row_shape[0])
-        self.dropout = nn.Dropout(recipe.dropout)
+        self.dropout = nn.Dropout(recipe.output_dropout)
         self.head = nn.Linear(self.stack.width, task.output.row_shape[0])
         for name, values in task.scaling().items():
             self.register_buffer(name, torch.from_numpy(values))
@@ -38,7 +38,7 @@ class CurveNet(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Trained parameters."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def forward(self, context: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """Unroll the next steps of every curve.
@@ -86,14 +86,14 @@ class TextNet(nn.Module):
         super().__init__()
         num_ids = len(task.vocabulary)
         self.table = nn.Embedding(num_ids, recipe.embedding)
-        self.dropout = nn.Dropout(recipe.dropout)
+        self.dropout = nn.Dropout(recipe.output_dropout)
         self.stack = Stack(recipe, recipe.embedding)
         self.head = nn.Linear(self.stack.width, num_ids)
 
     @property
     def num_parameters(self) -> int:
         """Trained parameters."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def forward(self, token: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """Foretell the id after each.

@@ -8,18 +8,20 @@ padding.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.activations import NON_NEGATIVE
 from models.errors import RecipeError
 from models.graphs import Draw, GraphModule, draw_like
 from models.layers import STATES, Recurrent
-from models.recipe import Activation, Recipe
-from models.spec import Cell, GraphSpec, LayerSpec, Layout, StateSpec
+from models.options import LayerOptions
+from models.recipe import Recipe
+from models.spec import Cell, GraphSpec, Layout, StateSpec
 from models.tasks.base import AnyTask, Scaling, Task
 
 FOLD_LIMIT = 32.0
@@ -42,9 +44,9 @@ class NetConfig:
     """Recurrent layers, one on the other."""
     bidirectional: bool = False
     """Whether layers also read the sequence from its end."""
-    activation: Activation = "tanh"
-    """Activation of an rnn cell; others have tanh inside."""
-    dropout: float = 0.0
+    options: LayerOptions = field(default_factory=LayerOptions)
+    """Options of every recurrent layer."""
+    output_dropout: float = 0.0
     """Probability that an output of a recurrent layer is dropped on its way to the next layer or the head."""
     is_classifier: bool
     """Whether the answer is probabilities."""
@@ -56,7 +58,7 @@ class NetConfig:
     @property
     def is_per_sequence(self) -> bool:
         """Whether y is [batch, outputs]: one answer, and a backward layer that has none to give before the end."""
-        return self.one_answer and self.bidirectional
+        return self.one_answer and (self.bidirectional or self.options.go_backwards)
 
 
 class RecurrentNet(nn.Module):
@@ -75,15 +77,16 @@ class RecurrentNet(nn.Module):
     def __init__(self, config: NetConfig, scaling: Scaling) -> None:
         super().__init__()
         self.config = config
-        widths = [config.inputs] + [config.hidden * (2 if config.bidirectional else 1)] * config.layers
-        self.layers = nn.ModuleList(
-            Recurrent(
-                config.cell, width, config.hidden, bidirectional=config.bidirectional, activation=config.activation
+        width = config.inputs
+        self.layers = nn.ModuleList()
+        for _ in range(config.layers):
+            layer = Recurrent(
+                config.cell, width, config.hidden, bidirectional=config.bidirectional, options=config.options
             )
-            for width in widths[:-1]
-        )
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(widths[-1], config.outputs)
+            self.layers.append(layer)
+            width = layer.width
+        self.dropout = nn.Dropout(config.output_dropout)
+        self.head = nn.Linear(width, config.outputs)
         for name in ("input_mean", "input_scale", "output_mean", "output_scale"):
             self.register_buffer(name, torch.from_numpy(np.array(getattr(scaling, name), dtype=np.float32)))
         self.register_buffer("changes_of", torch.tensor(config.changes_of, dtype=torch.int64), persistent=False)
@@ -109,7 +112,7 @@ class RecurrentNet(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Trained parameters."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def forward(self, x: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """Answer, and carry the states on.
@@ -129,7 +132,7 @@ class RecurrentNet(nn.Module):
             steps = self.dropout(steps)
             following += last
         if self.config.is_per_sequence:
-            y = self._answer(self.dropout(last[0].flatten(1)), raw)
+            y = self._answer(self.dropout(self.recurrent[-1].merged(last[0].flatten(1))), raw)
         else:
             y = self._answer(steps, raw).transpose(0, 1)
         return (y.softmax(-1) if self.config.is_classifier else y, *following)
@@ -141,24 +144,24 @@ class RecurrentNet(nn.Module):
         """
         raw = x.transpose(0, 1)
         steps = self._scaled(raw)
-        for layer in self.recurrent:
+        *below, top = self.recurrent
+        for layer in below:
             steps = self.dropout(layer.outputs(steps, lengths))
         if not self.config.is_per_sequence:
-            return self._answer(steps, raw).transpose(0, 1)
-        # Forward ends at a row's last step, backward at its first: steps holds both.
-        ends = steps[lengths.long() - 1, torch.arange(len(lengths))]
-        hidden = self.config.hidden
-        return self._answer(torch.cat([ends[:, :hidden], steps[0, :, hidden:]], dim=1), raw)
+            return self._answer(self.dropout(top.outputs(steps, lengths)), raw).transpose(0, 1)
+        zero = steps.new_zeros(steps.shape[1], *self.state_shape)
+        _, last = top(steps, lengths, (zero,) * len(STATES[self.config.cell]))
+        return self._answer(self.dropout(top.merged(last[0].flatten(1))), raw)
 
     def for_export(self) -> RecurrentNet:
         """Copy the net with the scaling folded into its weights, ready for torch.onnx.export.
 
-        Features far from zero for their spread (FOLD_LIMIT) keep their scaling as nodes of the graph. The copy rounds
-        differently from the net it came from; the export gate compares it with that net.
+        Features far from zero for their spread (FOLD_LIMIT), and layers without biases, keep their scaling as nodes of
+        the graph. The copy rounds differently from the net it came from; the export gate compares it with that net.
         """
         net = copy.deepcopy(self).cpu().eval()
         mean, scale = self.input_mean.cpu().numpy(), self.input_scale.cpu().numpy()
-        if np.abs(mean / scale).max() <= FOLD_LIMIT:
+        if net.recurrent[0].can_absorb and np.abs(mean / scale).max() <= FOLD_LIMIT:
             net.recurrent[0].absorb(mean, scale)
             net.scales_input = False
         if net.scales_output:
@@ -184,13 +187,10 @@ class RecurrentNet(nn.Module):
     def graph_spec(self, task: AnyTask) -> GraphSpec:
         """Say what the graph takes and gives."""
         config = self.config
-        directions, hidden = self.state_shape
         layout = Layout.PER_SEQUENCE if config.is_per_sequence else Layout.PER_STEP
-        layer = LayerSpec(
-            cell=config.cell, hidden=hidden, directions=2 if directions == 2 else 1, activation=config.activation
-        )
         return GraphSpec(
-            layers=(layer,) * config.layers,
+            layers=tuple(layer.spec for layer in self.recurrent),
+            fixed_steps=config.options.unroll or None,
             inputs=task.inputs,
             outputs=(task.output.model_copy(update={"layout": layout}),),
             states=tuple(
@@ -201,7 +201,7 @@ class RecurrentNet(nn.Module):
     def draw(self, num_features: int) -> Draw:
         """Draw as the first features of the training data were spread."""
         mean, scale = self.input_mean[:num_features].numpy(), self.input_scale[:num_features].numpy()
-        return draw_like(mean, scale, non_negative_states=self.config.activation == "relu")
+        return draw_like(mean, scale, non_negative_states=self.config.options.activation in NON_NEGATIVE)
 
     def _scaled(self, raw: Tensor) -> Tensor:
         return (raw - self.input_mean) * (1.0 / self.input_scale) if self.scales_input else raw
@@ -221,8 +221,9 @@ def build(task: Task, recipe: Recipe) -> RecurrentNet:
 
     Raises RecipeError when the recipe does not fit the task.
     """
-    if recipe.bidirectional and task.looks_ahead:
-        raise RecipeError(f"{task.name} cannot be bidirectional: {task.looks_ahead}, which a backward layer reads")
+    if (recipe.bidirectional or recipe.go_backwards) and task.looks_ahead:
+        how = "be bidirectional" if recipe.bidirectional else "go backwards"
+        raise RecipeError(f"{task.name} cannot {how}: {task.looks_ahead}, which a backward layer reads")
     config = NetConfig(
         cell=recipe.cell,
         inputs=task.width,
@@ -230,8 +231,8 @@ def build(task: Task, recipe: Recipe) -> RecurrentNet:
         hidden=recipe.hidden,
         layers=recipe.layers,
         bidirectional=recipe.bidirectional,
-        activation=recipe.activation,
-        dropout=recipe.dropout,
+        options=recipe.options,
+        output_dropout=recipe.output_dropout,
         is_classifier=task.is_classification,
         one_answer=task.one_answer,
         changes_of=task.changes_of,

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from models.errors import RecipeError
+from models.options import LayerOptions
 from models.spec import Cell, Positive
 
-Activation = Literal["tanh", "relu"]
 Schedule = Literal["constant", "cosine", "plateau", "onecycle"]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["32", "16-mixed", "bf16-mixed"]
 
 
-class Recipe(BaseModel):
+class Recipe(LayerOptions):
     """All that a run depends on besides its data: the same recipe gives the same weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     cell: Cell = "gru"
     """Recurrent cell."""
@@ -32,9 +30,7 @@ class Recipe(BaseModel):
     """Width of the vectors that ids become, where a task is made of them; 0 where it is not."""
     attention: bool = False
     """Whether a decoder looks back at every step of its source, or has but the state that the encoder ends in."""
-    activation: Activation = "tanh"
-    """Activation of an rnn cell; gru and lstm have tanh inside."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    output_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that an output of a recurrent layer is dropped on its way to the next layer or the head."""
     noise: float = Field(0.0, ge=0)
     """Noise added to every step of a training input, in standard deviations of the feature."""
@@ -70,9 +66,9 @@ class Recipe(BaseModel):
     """Bits of the numbers that most is computed with in training; 16-mixed needs a GPU. Weights have 32 always."""
 
     @model_validator(mode="after")
-    def _activation_fits(self) -> Self:
-        if self.activation != "tanh" and self.cell != "rnn":
-            raise ValueError(f"activation {self.activation} is for the rnn cell; {self.cell} has tanh inside")
+    def _directions_fit(self) -> Self:
+        if self.bidirectional and self.go_backwards:
+            raise ValueError("a bidirectional layer goes backwards too: leave go_backwards out")
         return self
 
     @model_validator(mode="after")
@@ -82,6 +78,11 @@ class Recipe(BaseModel):
         if self.precision == "16-mixed" and self.device == "cpu":
             raise ValueError("precision 16-mixed needs device cuda; on a CPU there is bf16-mixed")
         return self
+
+    @property
+    def options(self) -> LayerOptions:
+        """The options of every recurrent layer."""
+        return LayerOptions.model_validate(self.model_dump(include=set(LayerOptions.model_fields)))
 
     def to_dict(self) -> dict[str, str | int | float | bool | None]:
         """The settings by name, for JSON."""

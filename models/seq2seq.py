@@ -57,9 +57,11 @@ class Encoder(nn.Module):
         super().__init__()
         # Id 0, any value that is not known, and padding are a vector of zeros.
         self.table = nn.Embedding(num_ids, recipe.embedding, padding_idx=0)
-        self.dropout = nn.Dropout(recipe.dropout)
+        self.dropout = nn.Dropout(recipe.output_dropout)
         self.stack = Stack(recipe, recipe.embedding, bidirectional=recipe.bidirectional)
-        self.bridges = nn.ModuleList(nn.Linear(self.stack.width, recipe.hidden) for _ in self.stack.kinds)
+        self.bridges = nn.ModuleList(
+            nn.Linear(self.stack.directions * recipe.hidden, recipe.hidden) for _ in self.stack.kinds
+        )
         self.has_memory = recipe.attention
 
     def forward(self, x: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
@@ -87,7 +89,7 @@ class Decoder(nn.Module):
     def __init__(self, num_ids: int, memory_width: int, recipe: Recipe) -> None:
         super().__init__()
         self.table = nn.Embedding(num_ids, recipe.embedding)
-        self.dropout = nn.Dropout(recipe.dropout)
+        self.dropout = nn.Dropout(recipe.output_dropout)
         self.stack = Stack(recipe, recipe.embedding)
         self.attention = Attention(self.stack.width, memory_width) if recipe.attention else None
         self.head = nn.Linear(self.stack.width, num_ids)
@@ -132,7 +134,7 @@ class EncoderDecoder(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Trained parameters."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def read(self, source: Tensor, source_lengths: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Encode sources [batch, source time] int64; returns the memory, if there is one, and the decoder's states."""

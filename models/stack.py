@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 import numpy as np
 from torch import Tensor, nn
 
+from models.activations import NON_NEGATIVE
 from models.graphs import Draw, draw_like
 from models.layers import STATES, Array, Recurrent
 from models.recipe import Recipe
@@ -24,14 +25,14 @@ class Stack(nn.Module):
         super().__init__()
         self.cell, self.hidden, self.activation = recipe.cell, recipe.hidden, recipe.activation
         self.directions = 2 if bidirectional else 1
-        self.width = self.directions * recipe.hidden
+        self.layers = nn.ModuleList()
+        for _ in range(recipe.layers):
+            layer = Recurrent(recipe.cell, inputs, recipe.hidden, bidirectional=bidirectional, options=recipe.options)
+            self.layers.append(layer)
+            inputs = layer.width
+        self.width = inputs
         """Width of a step's output."""
-        widths = [inputs, *[self.width] * (recipe.layers - 1)]
-        self.layers = nn.ModuleList(
-            Recurrent(recipe.cell, width, recipe.hidden, bidirectional=bidirectional, activation=recipe.activation)
-            for width in widths
-        )
-        self.dropout = nn.Dropout(recipe.dropout)
+        self.dropout = nn.Dropout(recipe.output_dropout)
 
     @property
     def recurrent(self) -> list[Recurrent]:
@@ -73,13 +74,7 @@ class Stack(nn.Module):
 
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """Describe the layers."""
-        layer = LayerSpec(
-            cell=self.cell,
-            hidden=self.hidden,
-            directions=2 if self.directions == 2 else 1,
-            activation=self.activation,
-        )
-        return (layer,) * len(self.layers)
+        return tuple(layer.spec for layer in self.recurrent)
 
     def state_specs(self, initial: str = "") -> tuple[StateSpec, ...]:
         """Describe the states; with a prefix, they begin with an encoder's outputs of that prefix."""
@@ -96,7 +91,7 @@ class Stack(nn.Module):
 
     def draw(self, mean: float | Array = 0.0, scale: float | Array = 1.0) -> Draw:
         """Draw inputs of a mean and spread, and states that the cell can have."""
-        return draw_like(np.asarray(mean), np.asarray(scale), non_negative_states=self.activation == "relu")
+        return draw_like(np.asarray(mean), np.asarray(scale), non_negative_states=self.activation in NON_NEGATIVE)
 
     def _between(self, steps: Tensor, number: int) -> Tensor:
         return self.dropout(steps) if number else steps

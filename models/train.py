@@ -28,6 +28,7 @@ from models.compute import Compute
 from models.config import RunConfig
 from models.curves import draw
 from models.errors import RunError
+from models.layers import constrain, penalty
 from models.objective import Net, build, epoch_batches, evaluate, training_loss
 from models.recipe import Recipe
 from models.runs import Row, Run, versions, write_whole
@@ -208,7 +209,8 @@ class _Trainer:
     def train_batch(self, numbers: list[int]) -> float:
         """Take a step of the optimiser by some training sequences; returns their loss."""
         loss = training_loss(self.net, self.task, self.recipe, self.compute, numbers)
-        self.compute.descend(loss, self.net.parameters(), self.optimizer, self.recipe.clip_norm)
+        self.compute.descend(loss + penalty(self.net), self.net.parameters(), self.optimizer, self.recipe.clip_norm)
+        constrain(self.net)
         return float(loss.detach())
 
     def note(self, train_loss: float, seconds: float) -> None:

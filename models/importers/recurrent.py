@@ -12,6 +12,7 @@ from torch import nn
 from models.importers.keras_chain import KerasLayer
 from models.importers.keras_file import Array
 from models.layers import Recurrent
+from models.options import LayerOptions
 from models.spec import Cell
 
 # Gates of Keras' columns in the order of torch's rows. Keras: LSTM i f c o, GRU z r h. torch: i f g o, r z n.
@@ -44,7 +45,8 @@ def recurrent_from_keras(layer: KerasLayer, cell: Cell, *weights: KerasWeights) 
         raise layer.refuse(f"recurrent_activation={layer.config.get('recurrent_activation')!r}: sigmoid is converted")
     if cell == "gru" and not layer.is_set("reset_after", default=True):
         raise layer.refuse("reset_after=False is not converted")
-    made = Recurrent(cell, inputs, hidden, bidirectional=len(weights) == 2, activation=activation)
+    options = LayerOptions(activation=activation)
+    made = Recurrent(cell, inputs, hidden, bidirectional=len(weights) == 2, options=options)
     for each, suffix in zip(weights, ("", "_reverse"), strict=False):
         bias = np.zeros((2, each.kernel.shape[1]), np.float32)
         if each.bias is not None:

@@ -94,7 +94,7 @@ def task() -> TransductionTask:
             embedding=64,
             bidirectional=True,
             attention=True,
-            dropout=0.2,
+            output_dropout=0.2,
             epochs=14,
             patience=14,
             lr=2e-3,

@@ -56,7 +56,14 @@ def task() -> TextTask:
         validation=_names(arrays, lambda part: part == 1),
         test=_names(arrays, lambda part: part == 0),
         recipe=Recipe(
-            hidden=96, embedding=24, dropout=0.4, epochs=60, patience=10, batch_size=32, lr=3e-3, schedule="cosine"
+            hidden=96,
+            embedding=24,
+            output_dropout=0.4,
+            epochs=60,
+            patience=10,
+            batch_size=32,
+            lr=3e-3,
+            schedule="cosine",
         ),
     )
 

@@ -72,7 +72,7 @@ def task() -> Task:
         train=split(0),
         validation=split(1),
         test=split(2),
-        recipe=Recipe(hidden=64, dropout=0.3, lr=3e-3, epochs=60, patience=10),
+        recipe=Recipe(hidden=64, output_dropout=0.3, lr=3e-3, epochs=60, patience=10),
     )
 
 

@@ -44,7 +44,9 @@ def task() -> Task:
         train=split(train),
         validation=split(validation),
         test=split(test),
-        recipe=Recipe(cell="lstm", hidden=100, layers=2, dropout=0.2, batch_size=32, lr=1e-3, epochs=30, patience=10),
+        recipe=Recipe(
+            cell="lstm", hidden=100, layers=2, output_dropout=0.2, batch_size=32, lr=1e-3, epochs=30, patience=10
+        ),
     )
 
 

@@ -58,7 +58,7 @@ def task() -> Task:
         train=_asked(_windows(_unbroken(arrays["utc_s"][:first], steps[:first])), {}),
         validation=whole(slice(first, second)),
         test=whole(slice(second, None)),
-        recipe=Recipe(hidden=32, dropout=0.3, batch_size=16, lr=5e-3, epochs=150, patience=30),
+        recipe=Recipe(hidden=32, output_dropout=0.3, batch_size=16, lr=5e-3, epochs=150, patience=30),
     )
 
 

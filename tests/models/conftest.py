@@ -75,7 +75,8 @@ def make_task(*, kind: str = "classification", seed: int = 0, recipe: Recipe | N
         train=split(24),
         validation=split(9),
         test=split(9),
-        recipe=recipe or Recipe(hidden=5, epochs=4, batch_size=8, dropout=0.2, noise=0.1, shift=0.1, step_loss=0.3),
+        recipe=recipe
+        or Recipe(hidden=5, epochs=4, batch_size=8, output_dropout=0.2, noise=0.1, shift=0.1, step_loss=0.3),
     )
 
 

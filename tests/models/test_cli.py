@@ -73,7 +73,11 @@ def test_train_export_verify_describe(tmp_path):
     ("arguments", "code", "said"),
     [
         (["vowels", "--hidden", "0"], 2, "error: hidden: Input should be greater than 0"),
-        (["vowels", "--activation", "relu"], 2, "error: activation relu is for the rnn cell"),
+        (
+            ["vowels", "--kernel-constraint", "max_norm=two"],
+            2,
+            "kernel_constraint: 'max_norm=two': max_value cannot be",
+        ),
         (["waterflow", "--bidirectional"], 2, "error: waterflow cannot be bidirectional"),
         (["vowel"], 2, "'vowel' is not one of 'vowels', 'waterflow'"),
         (["vowels", "--out", "nowhere", "--resume"], 1, "error: nowhere is not a run"),

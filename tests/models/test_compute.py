@@ -158,7 +158,7 @@ def test_half_precision_needs_a_gpu():
 @pytest.mark.parametrize("precision", ["32", "16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_gpu_trains_to_about_the_weights_of_a_cpu(sines, tmp_path, precision, bidirectional):
-    settings = {"dropout": 0.0, "noise": 0.0, "shift": 0.0, "bidirectional": bidirectional}
+    settings = {"output_dropout": 0.0, "noise": 0.0, "shift": 0.0, "bidirectional": bidirectional}
     on_cpu = run_training(sines, tmp_path / "cpu", **settings).metrics
     on_gpu = run_training(sines, tmp_path / "gpu", **settings, device="cuda", precision=precision).metrics
     assert on_gpu["test"]["loss"] == pytest.approx(on_cpu["test"]["loss"], rel=1e-3 if precision == "32" else 0.05)

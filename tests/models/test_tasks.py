@@ -260,7 +260,8 @@ def test_pad_puts_zeros_at_the_ends():
         ({"hidden": 0}, "hidden: Input should be greater than 0"),
         ({"dropout": 1.0}, "dropout: Input should be less than 1"),
         ({"lr": float("nan")}, "lr: Input should be a finite number"),
-        ({"cell": "gru", "activation": "relu"}, "activation relu is for the rnn cell; gru has tanh inside"),
+        ({"bidirectional": True, "go_backwards": True}, "a bidirectional layer goes backwards too"),
+        ({"kernel_initializer": "xavier"}, "kernel_initializer: no initializer 'xavier': there are zeros, ones"),
         ({"units": 3}, "units: Extra inputs are not permitted"),
     ],
 )
