@@ -121,13 +121,7 @@ class RecurrentStage(OverTime):
     def layer_specs(self) -> list[LayerSpec]:
         """Describe its layers."""
         return [
-            LayerSpec(
-                cell=layer.cell,
-                hidden=layer.hidden,
-                directions=2 if layer.directions == 2 else 1,
-                go_backwards=goes_backwards,
-                activation=layer.activation,
-            )
+            layer.spec.model_copy(update={"go_backwards": goes_backwards})
             for layer, goes_backwards in zip(self._recurrent, self.backwards, strict=True)
         ]
 
