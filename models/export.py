@@ -12,12 +12,25 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+from torch import nn
 
 from models.errors import ExportError, RunError
 from models.graphs import GraphModule, to_onnx
+from models.importers.torch_module import Example, as_graph
 from models.objective import Net
 from models.runs import Run, versions, write_whole
-from models.spec import METADATA_KEY, MODEL_FILE, Generation, Golden, GraphSpec, Parity, Spec, Topology, Training
+from models.spec import (
+    METADATA_KEY,
+    MODEL_FILE,
+    Generation,
+    Golden,
+    GraphSpec,
+    Layout,
+    Parity,
+    Spec,
+    Topology,
+    Training,
+)
 from models.tasks import AnyTask
 from models.train import load_net
 from models.verify import gate
@@ -57,6 +70,46 @@ def export_run(run: Run, repository: Path, *, name: str | None = None, version: 
     files, spec = export_net(net, task, training)
     path = write_version(files, repository, name or task.name, version)
     return Exported(path=path, spec=spec, size=sum(map(len, files.values())))
+
+
+def export(
+    module: nn.Module,
+    example: Example,
+    *,
+    name: str | None = None,
+    lengths: str = "lengths",
+    output_names: Sequence[str] = (),
+    units: Mapping[str, str] | None = None,
+    labels: Sequence[str] = (),
+    training: Training | None = None,
+) -> tuple[Files, Spec]:
+    """Make the files of a torch module that holds nn.RNN, nn.LSTM or nn.GRU, also within other modules.
+
+    Its recurrent layers are replaced by ours: native operators, batch and time dynamic, states in and out by name,
+    whether its forward takes and returns them or not. Before anything is returned, the file's answers are compared
+    with the untouched module's, asked for each sequence alone.
+
+    module        in any mode and on any device; it is copied, and left as it is
+    example       what forward takes: one tensor, several in order, or by name. Per-step ones are [batch, time, ...],
+                  or all [time, batch, ...], with batch and time of different sizes; ids, int64, go to an nn.Embedding
+    name          of the model, as its task; the module's class unless given
+    lengths       forward's parameter that takes each row's length, [batch] int64, if it has one
+    output_names  of what forward returns, states left out
+    units         physical units by name of an input or output
+    labels        of a classifier's scores
+    training      where the weights came from
+    Raises ConversionError, which says what to change, and ExportError and ParityError as every export does.
+    """
+    part = as_graph(module, example, lengths=lengths, output_names=output_names, units=units, labels=labels)
+    is_per_step = any(output.layout is Layout.PER_STEP and not output.description for output in part.spec.outputs)
+    described = type(module).__name__
+    return export_model(
+        [part],
+        topology="many-to-many" if is_per_step else "many-to-one",
+        training=training or Training(task=name or described, data_set=f"not recorded: the torch module {described}"),
+        num_parameters=sum(each.numel() for each in module.parameters()),
+        labels=tuple(labels),
+    )
 
 
 def export_net(net: Net, task: AnyTask, training: Training) -> tuple[Files, Spec]:

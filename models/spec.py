@@ -156,6 +156,8 @@ class GraphSpec(_Frozen):
     """What it answers, without next states."""
     states: tuple[StateSpec, ...]
     """Its recurrent states in the order of layers."""
+    looks_ahead: bool = False
+    """Whether something beside its recurrent layers reads steps to come, such as a mean over all steps."""
     operators: dict[str, int] = {}
     """Count of each ONNX operator, such as {"GRU": 2}."""
 
@@ -189,7 +191,7 @@ class GraphSpec(_Frozen):
     @property
     def is_causal(self) -> bool:
         """Whether an output depends on the steps up to it alone."""
-        return all(layer.is_causal for layer in self.layers)
+        return not self.looks_ahead and all(layer.is_causal for layer in self.layers)
 
 
 class Generation(_Frozen):
@@ -365,6 +367,8 @@ class Spec(_Frozen):
                 why = f"layer {number} is bidirectional: its output at any step depends on the steps that come after it"
                 return StepMode.BUFFERED, why
             return StepMode.BUFFERED, f"layer {number} goes backwards: it begins with the last step"
+        if self.graph.looks_ahead:
+            return StepMode.BUFFERED, "an answer depends on steps to come, beside what its recurrent layers read"
         return StepMode.STEPPING, "every layer is causal: an output depends on the steps up to it alone"
 
     def to_json(self) -> str:

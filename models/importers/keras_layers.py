@@ -84,11 +84,8 @@ class Builder:
 
     def recurrent(self, layer: KerasLayer) -> Modules:
         """SimpleRNN, LSTM, GRU."""
-        goes_backwards = layer.is_set("go_backwards")
         made = [recurrent_from_keras(layer, _CELLS[layer.class_name], self._recurrent_weights(layer))]
-        return self._over_time(
-            layer, RecurrentStage(made, merge="concat", is_final=_is_final(layer), backwards=[goes_backwards])
-        )
+        return self._over_time(layer, RecurrentStage(made, merge="concat", is_final=_is_final(layer)))
 
     def bidirectional(self, layer: KerasLayer) -> Modules:
         """Two layers, the second from the end; one operator where they are alike."""
@@ -110,15 +107,11 @@ class Builder:
             raise layer.refuse(f"merge_mode={merge!r} of {sizes[0]} and {sizes[1]} units")
         if _is_alike(forward, backward):
             made = [recurrent_from_keras(forward, _CELLS[forward.class_name], *weights)]
-            backwards = [False]
         else:
             made = [
                 recurrent_from_keras(way, _CELLS[way.class_name], each) for way, each in zip(ways, weights, strict=True)
             ]
-            backwards = [False, True]
-        return self._over_time(
-            layer, RecurrentStage(made, merge=merge, is_final=_is_final(forward), backwards=backwards)
-        )
+        return self._over_time(layer, RecurrentStage(made, merge=merge, is_final=_is_final(forward)))
 
     def _recurrent_weights(self, layer: KerasLayer) -> KerasWeights:
         units, inputs = layer.count("units"), self.features(layer)
@@ -137,7 +130,7 @@ class Builder:
             return [Window(stage, window)]
         if form.axis != "steps" or len(form.row) != 1:
             raise layer.refuse(f"it takes [batch, time, features], and gets {form.rank} axes: {_shape_hint(form)}")
-        self.is_causal &= all(each.is_causal for each in stage.layer_specs())
+        self.is_causal &= all(each.spec.is_causal for each in stage.recurrent)
         if form.unrolls and not (self.is_causal and not stage.is_final):
             raise layer.refuse("after the input is repeated, a layer has to be causal, with return_sequences=True")
         axis: Literal["steps", "running", "sequence"] = "steps"

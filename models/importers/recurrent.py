@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from models.activations import ACTIVATIONS
 from models.importers.keras_chain import KerasLayer
 from models.importers.keras_file import Array
 from models.layers import Recurrent
@@ -16,6 +15,7 @@ from models.options import LayerOptions
 from models.spec import Cell
 
 # Gates of Keras' columns in the order of torch's rows. Keras: LSTM i f c o, GRU z r h. torch: i f g o, r z n.
+_OPTIONS = ("activation", "recurrent_activation", "use_bias", "reset_after", "go_backwards")
 _FROM_KERAS: dict[Cell, tuple[int, ...]] = {"rnn": (0,), "lstm": (0, 1, 2, 3), "gru": (1, 0, 2)}
 
 
@@ -36,33 +36,29 @@ def recurrent_from_keras(layer: KerasLayer, cell: Cell, *weights: KerasWeights) 
 
     Raises ConversionError for options that ours does not have.
     """
+    asked = {name: layer.config[name] for name in _OPTIONS if name in layer.config}
+    activations = {name: value for name, value in asked.items() if name.endswith("activation")}
+    for name, value in activations.items():
+        # Whatever is no name is a function or a layer of its own.
+        asked[name] = "linear" if value is None else value if isinstance(value, str) else "?"
+        if asked[name] not in ACTIVATIONS:
+            raise layer.refuse(f"{name}={value!r:.80} is not converted; use one of {', '.join(ACTIVATIONS)}")
     inputs, hidden = len(weights[0].kernel), len(weights[0].recurrent)
-    activation: Any = layer.config.get("activation")
-    taken = ("tanh", "relu") if cell == "rnn" else ("tanh",)
-    if activation not in taken:
-        raise layer.refuse(f"activation={activation!r}: {', '.join(taken)} are converted")
-    if cell != "rnn" and layer.config.get("recurrent_activation") != "sigmoid":
-        raise layer.refuse(f"recurrent_activation={layer.config.get('recurrent_activation')!r}: sigmoid is converted")
-    if cell == "gru" and not layer.is_set("reset_after", default=True):
-        raise layer.refuse("reset_after=False is not converted")
-    options = LayerOptions(activation=activation)
+    options = LayerOptions.model_validate({"kernel_initializer": "zeros", "recurrent_initializer": "zeros"} | asked)
     made = Recurrent(cell, inputs, hidden, bidirectional=len(weights) == 2, options=options)
+    parameters = {name.rpartition(".")[2]: parameter for name, parameter in made.named_parameters()}
     for each, suffix in zip(weights, ("", "_reverse"), strict=False):
-        bias = np.zeros((2, each.kernel.shape[1]), np.float32)
+        found = {"weight_ih": each.kernel.T, "weight_hh": each.recurrent.T}
         if each.bias is not None:
+            bias = np.zeros((2, each.kernel.shape[1]), np.float32)
             bias[: each.bias.ndim] = each.bias
-        _set(made.rnn, "weight_ih_l0" + suffix, _rows(cell, each.kernel.T))
-        _set(made.rnn, "weight_hh_l0" + suffix, _rows(cell, each.recurrent.T))
-        _set(made.rnn, "bias_ih_l0" + suffix, _rows(cell, bias[0]))
-        _set(made.rnn, "bias_hh_l0" + suffix, _rows(cell, bias[1]))
+            found |= {"bias_ih": bias[0], "bias_hh": bias[1]}
+        for name, value in found.items():
+            with torch.no_grad():
+                parameters[f"{name}_l0{suffix}"].copy_(torch.from_numpy(_rows(cell, value)))
     return made
 
 
 def _rows(cell: Cell, array: Array) -> Array:
     gates = np.stack(np.split(array, len(_FROM_KERAS[cell])))
     return gates[list(_FROM_KERAS[cell])].reshape(array.shape)
-
-
-def _set(module: nn.Module, name: str, value: Array) -> None:
-    with torch.no_grad():
-        module.get_parameter(name).copy_(torch.from_numpy(np.ascontiguousarray(value)))

@@ -46,9 +46,9 @@ class ImportedNet(nn.Module):
         found: list[LayerSpec] = []
         for stage in self.stages:
             if isinstance(stage, RecurrentStage):
-                found += stage.layer_specs()
+                found += [layer.spec for layer in stage.recurrent]
             elif isinstance(stage, Window):
-                found += [each.model_copy(update={"window": stage.window}) for each in stage.over.layer_specs()]
+                found += [layer.spec.model_copy(update={"window": stage.window}) for layer in stage.over.recurrent]
         return tuple(found)
 
     def forward(self, x: Tensor, lengths: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
@@ -92,38 +92,28 @@ class OverTime(nn.Module):
 class RecurrentStage(OverTime):
     """Recurrent layers side by side over the same steps: one, or two of which the second goes backwards.
 
-    A layer that goes backwards reads each row from its last step and, alone, answers in that order, as Keras does; as
-    the second of two its answers are turned back to the order of the steps.
+    A layer that goes backwards alone answers in the order that it reads, as Keras does.
     """
 
-    def __init__(self, layers: list[Recurrent], *, merge: MergeMode, is_final: bool, backwards: list[bool]) -> None:
-        """Put layers together.
-
-        is_final   answer with the state that each direction ends in, [batch, width], instead of every step's
-        backwards  for each layer, whether it goes backwards
-        """
+    def __init__(self, layers: list[Recurrent], *, merge: MergeMode, is_final: bool) -> None:
+        """Put layers together; is_final: answer with the states that they end in, [batch, width]."""
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.merge = merge
         self.is_final = is_final
-        self.backwards = backwards
         self.num_layers = len(layers)
         self.num_states = sum(len(STATES[layer.cell]) for layer in layers)
 
     @property
+    def recurrent(self) -> list[Recurrent]:
+        """The layers."""
+        return cast("list[Recurrent]", list(self.layers))
+
+    @property
     def width(self) -> int:
         """Features of an answer."""
-        widths = [layer.width for layer in self._recurrent]
-        if self.merge == "concat":
-            return sum(widths)
-        return widths[0] // (1 if len(widths) == 2 else self._recurrent[0].directions)
-
-    def layer_specs(self) -> list[LayerSpec]:
-        """Describe its layers."""
-        return [
-            layer.spec.model_copy(update={"go_backwards": goes_backwards})
-            for layer, goes_backwards in zip(self._recurrent, self.backwards, strict=True)
-        ]
+        widths = [layer.hidden for layer in self.recurrent for _ in range(layer.directions)]
+        return sum(widths) if self.merge == "concat" else widths[0]
 
     def states_numbered(self, first: int) -> list[StateSpec]:
         """Describe its states; first is the number of its first layer."""
@@ -133,25 +123,22 @@ class RecurrentStage(OverTime):
                 next_name=f"state.{number}.{kind}.next",
                 row_shape=(layer.directions, layer.hidden),
             )
-            for number, layer in enumerate(self._recurrent, start=first)
+            for number, layer in enumerate(self.recurrent, start=first)
             for kind in STATES[layer.cell]
         ]
 
     def forward(self, x: Tensor, lengths: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run every layer over each row's own length; x [time, batch, inputs], states [batch, directions, hidden]."""
         following, ways = list[Tensor](), list[Tensor]()
-        for layer, goes_backwards in zip(self._recurrent, self.backwards, strict=True):
+        for layer in self.recurrent:
             count = len(STATES[layer.cell])
             taken, states = states[:count], states[count:]
-            y, last = layer(reverse(x, lengths) if goes_backwards else x, lengths, taken)
+            y, last = layer(x, lengths, taken)
             following += last
-            if self.is_final:
-                ways += last[0].unbind(1)
-            elif layer.directions == 2:
-                ways += y.chunk(2, dim=-1)
-            else:
-                ways.append(reverse(y, lengths) if goes_backwards and len(self.layers) == 2 else y)
-        return self._merged(ways), tuple(following)
+            ways += last[0].unbind(1) if self.is_final else y.chunk(layer.directions, dim=-1)
+        y = self._merged(ways)
+        is_turned = not self.is_final and len(self.layers) == 1 and self.recurrent[0].options.go_backwards
+        return reverse(y, lengths) if is_turned else y, tuple(following)
 
     def _merged(self, ways: list[Tensor]) -> Tensor:
         if len(ways) == 1:
@@ -162,10 +149,6 @@ class RecurrentStage(OverTime):
         if self.merge == "mul":
             return first * second
         return first + second if self.merge == "sum" else (first + second) / 2
-
-    @property
-    def _recurrent(self) -> list[Recurrent]:
-        return cast("list[Recurrent]", list(self.layers))
 
 
 class Window(nn.Module):
