@@ -67,8 +67,9 @@ PLANS: Mapping[str, Plan] = MappingProxyType(
 @click.option("--variant", "chosen", multiple=True, help="Train this variant alone; can be given again.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Seeds to train with, from 0.  [default: the task's plan]")
 @click.option("--out", type=click.Path(path_type=Path), default=RECORDS, help="Directory of the records.")
+@click.option("--runs", type=click.Path(path_type=Path), help="Keep the runs below this directory, to export from.")
 @reports_errors
-def main(name: str | None, chosen: tuple[str, ...], seeds: int | None, out: Path) -> None:
+def main(name: str | None, chosen: tuple[str, ...], seeds: int | None, out: Path, runs: Path | None) -> None:
     """Train what is recorded of TASK, or of every task, and write down every result."""
     out.mkdir(parents=True, exist_ok=True)
     for each in [name] if name else PLANS:
@@ -76,22 +77,23 @@ def main(name: str | None, chosen: tuple[str, ...], seeds: int | None, out: Path
         if unknown := sorted({*chosen} - {*plan.variants}):
             raise click.UsageError(f"{each} has no variant {unknown[0]!r}: it has {', '.join(plan.variants)}")
         for variant in chosen or plan.variants:
-            row = measure(each, variant, plan.variants[variant], seeds or plan.seeds)
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = (runs or Path(temporary)) / each / variant.lower().replace(" ", "-")
+                row = measure(each, variant, plan.variants[variant], seeds or plan.seeds, folder)
             write_whole(out / f"{each}.json", _with(each, plan, row, out).to_json().encode())
 
 
-def measure(name: str, variant: str, settings: Settings, seeds: int) -> Row:
-    """Train a variant, whose settings differ from the task's recipe, with every seed."""
+def measure(name: str, variant: str, settings: Settings, seeds: int, folder: Path) -> Row:
+    """Train a variant, whose settings differ from the task's recipe, with every seed, in runs within a folder."""
     task = tasks.load(name)
     recipe = task.recipe.changed(**settings)
     runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(seeds):
-            began = time.process_time()
-            outcome = train(task, recipe.changed(seed=seed), Path(folder) / str(seed), show_progress=False)
-            run = _told(outcome, task.metric, seed, time.process_time() - began)
-            click.echo(f"{name} {variant}, seed {seed}: {run.test}, {run.epochs} epochs, {run.cpu_seconds:.1f} s")
-            runs.append(run)
+    for seed in range(seeds):
+        began = time.process_time()
+        outcome = train(task, recipe.changed(seed=seed), folder / str(seed), show_progress=False)
+        run = _told(outcome, task.metric, seed, time.process_time() - began)
+        click.echo(f"{name} {variant}, seed {seed}: {run.test}, {run.epochs} epochs, {run.cpu_seconds:.1f} s")
+        runs.append(run)
     return Row(
         name=variant,
         recipe={name: value for name, value in recipe.to_dict().items() if name != "seed"},

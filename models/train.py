@@ -60,9 +60,6 @@ class Progress:
     best_loss: float = float("inf")
     best_net: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
-    """Of training, by the clock."""
-    cpu_seconds: float = 0.0
-    """The same, of the processor: what it takes one thread by the clock where nothing else runs."""
 
     @property
     def epoch(self) -> int:
@@ -168,11 +165,10 @@ class _Trainer:
         )
         with bar:
             while not self.is_over:
-                started, started_cpu = time.monotonic(), time.process_time()
+                started = time.monotonic()
                 loss = self.train_epoch(should_stop, show_progress)
                 if loss is None:
                     return False
-                self.progress.cpu_seconds += time.process_time() - started_cpu
                 self.note(loss, time.monotonic() - started)
                 bar.update()
                 shown = {name: value for name, value in self.progress.history[-1].items() if "validation" in name}
@@ -268,7 +264,6 @@ class _Trainer:
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
             "train_seconds": round(progress.seconds, 3),
-            "train_cpu_seconds": round(progress.cpu_seconds, 3),
             "num_parameters": self.net.num_parameters,
             "sequences": {split: len(getattr(self.task, split)) for split in ("train", "validation", "test")},
             "validation": evaluate(self.net, self.task, self.task.validation),
