@@ -72,7 +72,7 @@ def test_record_holds_every_seed_of_every_variant(sines, tmp_path):
     assert found.baselines == sines.baselines(sines.test)
     gru, rnn = found.rows
     assert gru.recipe == {name: value for name, value in sines.recipe.to_dict().items() if name != "seed"}
-    assert (rnn.recipe["cell"], rnn.num_parameters) == ("rnn", 5 * (2 + 5 + 2) + 3 * 6)
+    assert (rnn.recipe["cell"], rnn.num_parameters) == ("rnn", 5 * (2 + 5 + 1) + 3 * 6)
     assert len({run.test["loss"] for run in gru.runs}) == 3
     for run in gru.runs:
         assert len(run.curve) == run.epochs == 4
