@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from service import express
 from service.config import Settings
-from service.errors import ModelNotFound, RunFailed, StatesLost, Unavailable
+from service.errors import ModelNotFound, RunFailed, ServiceError, StatesLost, Unavailable
 from service.events import Link, Steps
 from service.lane import Lane
 from service.policies import LeastServed
@@ -46,6 +46,7 @@ class Engine:
         self.clock = clock
         self.is_draining = False
         self._lanes: dict[str, dict[int, Lane]] = {}
+        self._retired: set[Lane] = set()
         self._waiting: dict[Lane, CallLine] = {}
         self._shares = LeastServed()
         self._links: set[Link] = set()  # of streams
@@ -81,6 +82,34 @@ class Engine:
             raise ModelNotFound(f"model {model!r} has no version {version}; served: {served}", field="version")
         return versions[version]
 
+    def retire(self, lane: Lane) -> None:
+        """Find a model version no more, and begin nothing on it; what is live goes on."""
+        versions = self._lanes[lane.name]
+        del versions[lane.version]
+        if not versions:
+            del self._lanes[lane.name]
+        self._retired.add(lane)
+
+    @property
+    def is_retiring(self) -> bool:
+        """Whether a retired version is not yet forgotten."""
+        return bool(self._retired)
+
+    def is_used(self, lane: Lane) -> bool:
+        """Whether anything lives, waits or runs in a lane, or it still has rows in the spill store."""
+        is_busy = bool(lane.sessions or lane.inbox or self._waiting[lane] or lane.scheduler.num_queued_steps)
+        return is_busy or (lane.residence is not None and lane.residence.num_stale > 0)
+
+    def end_all(self, lane: Lane, error: ServiceError) -> None:
+        """End what lives in a lane, and tell whoever it is why."""
+        lane.lose(list(lane.sessions.by_slot), error)
+
+    def forget(self, lane: Lane) -> None:
+        """Let go of a retired version that is not used."""
+        self._retired.discard(lane)
+        del self._waiting[lane]
+        self._costs = {key: cost for key, cost in self._costs.items() if key[0] is not lane}
+
     # ---- work -------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -95,10 +124,12 @@ class Engine:
         self._loop = None
         self._executor.shutdown(wait=True)
 
-    def check_open(self) -> None:
-        """Raise Unavailable while the server drains."""
+    def check_open(self, lane: Lane | None = None) -> None:
+        """Raise Unavailable while the server drains, or where that model version is unloaded."""
         if self.is_draining:
             raise Unavailable("this server is stopping: use another one, or try again after a while", retry_after_s=1.0)
+        if lane in self._retired:
+            raise Unavailable(f"{lane.name}/{lane.version} is being unloaded: use a version that is served")
 
     def attach(self, link: Link) -> None:
         """Count a stream, until it is detached or dropped."""
@@ -118,7 +149,7 @@ class Engine:
 
     async def predict(self, lane: Lane, sequences: Sequences) -> Prediction:
         """Run whole sequences. Cancelling it frees what they hold."""
-        self.check_open()
+        self.check_open(lane)
         call = PredictCall(lane, sequences)
         self._waiting[lane].append(call)
         self.wake()
@@ -253,7 +284,7 @@ class Engine:
         """End what has expired, every so often."""
         if self._loop is None:
             return
-        for lane in self.lanes:
+        for lane in list(self._waiting):
             lane.expire(self.clock())
         self._ticker = self._loop.call_later(EXPIRY_TICK_S, self._tick)
 

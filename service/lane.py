@@ -327,7 +327,7 @@ class Lane:
             self.lose(batch.slots, error or RunFailed("the server failed to run this step; its log says how"))
             self.slab.free(np.array(sorted(self.scheduler.complete(batch))))
 
-    def lose(self, slots: list[int], error: RunFailed) -> None:
+    def lose(self, slots: list[int], error: ServiceError) -> None:
         """End the sessions that hold some slots."""
         for session in [self.sessions.by_slot[slot] for slot in slots if slot in self.sessions.by_slot]:
             self._fail(session, error, SessionState.FAILED)

@@ -107,6 +107,11 @@ class Residence:
         """Slots whose state is in the store."""
         return len(self._spilled)
 
+    @property
+    def num_stale(self) -> int:
+        """Rows of the store that are nobody's state any more, and not yet deleted."""
+        return len(self._stale)
+
     # ---- as service.slots -------------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> Slots:

@@ -72,9 +72,12 @@ class Received:
     @classmethod
     def all(cls, responses: Iterable[pb.StreamPredictResponse]) -> Received:
         received = cls()
-        for response in responses:
-            received.take(response)
+        received.take_all(responses)
         return received
+
+    def take_all(self, responses: Iterable[pb.StreamPredictResponse]) -> None:
+        for response in responses:
+            self.take(response)
 
     def take(self, response: pb.StreamPredictResponse) -> None:
         kind = response.WhichOneof("message")

@@ -46,12 +46,15 @@ def _guarded(behavior: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, A
         try:
             return await behavior(request, context)
         except ServiceError as error:
-            await _abort(context, error)
+            fault = error
         except (asyncio.CancelledError, grpc.aio.BaseError):  # of gRPC itself: aborted, stopped, the client is gone
             raise
         except Exception:
             log.exception("a bug ended a call")
-            await _abort(context, ServiceError("the server failed; its log says how"))
+            fault = ServiceError("the server failed; its log says how")
+        # gRPC keeps the error that it is aborted with for a while, and must not keep all that the call had with it.
+        fault.__traceback__ = fault.__context__ = None
+        return await _abort(context, fault)
 
     return call
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 from google.protobuf import message_factory
 
 from service.engine import Engine
-from service.errors import InvalidInput, ServiceError, ShapeMismatch
+from service.errors import InvalidInput, ServiceError, ShapeMismatch, Unavailable
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
@@ -28,6 +29,16 @@ SERVICE_NAME = _SERVICE.full_name
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+@dataclass(slots=True)
+class _Call:
+    """What runs a stream."""
+
+    lane: Lane
+    task: asyncio.Task[None]
+    error: Unavailable | None = None
+    """Why the server ends it, if it does."""
+
+
 class SequenceServicer(pb_grpc.SequenceServiceServicer):
     """Maps requests to the engine and results to responses."""
 
@@ -36,8 +47,33 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         self._broken = broken
         self._handoff = handoff
         self._plans: dict[Lane, LanePlan] = {}
-        self.streams: set[Stream] = set()
+        self._calls: dict[Stream, _Call] = {}  # of open streams
+
+    @property
+    def streams(self) -> list[Stream]:
         """Open streams."""
+        return list(self._calls)
+
+    # ---- as catalog.Streams -----------------------------------------------------------------------------------------
+
+    def announce_unload(self, lane: Lane, grace_s: float) -> None:
+        """Tell the streams of a version that it will be gone."""
+        for stream, call in self._calls.items():
+            if call.lane is lane:
+                stream.announce_drain(grace_s)
+
+    def are_open(self, lane: Lane) -> bool:
+        """Whether a version has streams."""
+        return any(call.lane is lane for call in self._calls.values())
+
+    def end_all(self, lane: Lane, error: Unavailable) -> None:
+        """End the streams of a version."""
+        for call in self._calls.values():
+            if call.lane is lane:
+                call.error = error
+                call.task.cancel()
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         """List what is served and what is broken."""
@@ -97,7 +133,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         self._engine.check_open()
         lane = self._engine.lane(first.open.model, first.open.version)
         stream = await self._open(self.plan(lane), first.open)
-        self.streams.add(stream)
+        call = self._calls[stream] = _Call(lane, cast("asyncio.Task[None]", asyncio.current_task()))
         writer = asyncio.create_task(stream.write_to(context))
         try:
             await self._read(stream, writer, context)
@@ -106,8 +142,15 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             stream.finish_writing()
             await writer
             raise
+        except asyncio.CancelledError:
+            if call.error is None:
+                raise
+            call.task.uncancel()
+            stream.finish_writing()
+            await writer
+            raise call.error from None
         finally:
-            self.streams.discard(stream)
+            del self._calls[stream]
             stream.drop()
             writer.cancel()
 
@@ -159,6 +202,10 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             if not method.server_streaming
         }
         return {**unary, "StreamPredict": grpc.stream_stream_rpc_method_handler(self.StreamPredict)}
+
+    def forget(self, lane: Lane) -> None:
+        """Keep nothing of a version."""
+        self._plans.pop(lane, None)
 
     def plan(self, lane: Lane) -> LanePlan:
         """Plan of a lane's tensors, made once."""

@@ -17,12 +17,11 @@ from grpc_reflection.v1alpha import reflection
 from service.config import Settings
 from service.engine import Engine
 from service.errors import ConfigError
-from service.lane import Lane
 from service.repository import Broken, Loaded
+from service.rpc.catalog import Catalog
 from service.rpc.handoff import Handoff
 from service.rpc.interceptors import ErrorInterceptor
 from service.rpc.native import SERVICE_NAME, SequenceServicer
-from service.rpc.oip.repository import Repository
 from service.rpc.oip.servicer import SERVICE_NAME as INFERENCE_NAME
 from service.rpc.oip.servicer import InferenceServicer
 from service.rpc.peers import Peer, Place
@@ -59,8 +58,11 @@ class Server:
         if place is not None:
             self._handoff = Handoff(self.engine, [Peer(each.path) for each in place.siblings], place.index)
         self._native = SequenceServicer(self.engine, loaded.broken, self._handoff)
-        on_load = self._announce if place is None else None  # a call reaches one worker alone
-        self._inference = InferenceServicer(self.engine, Repository(self.engine, loaded, on_load))
+        # A call to load or unload reaches one of several workers alone.
+        self._catalog = Catalog(self.engine, loaded, self._health, can_change=place is None)
+        self._inference = InferenceServicer(self.engine, self._catalog)
+        self._catalog.streams = (self._native,)
+        self._catalog.keepers = (self._native.forget, self._inference.desk.forget)
         self._grpc: grpc.aio.Server | None = None
         self._http: web.AppRunner | None = None
 
@@ -94,15 +96,16 @@ class Server:
         for name in ("", SERVICE_NAME, INFERENCE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         for lane in self.engine.lanes:
-            await self._announce(lane)
+            await self._catalog.announce(lane)
 
     async def stop(self) -> None:
         """Drain: refuse what is new, tell the streams, let them end within the time that is set, then stop."""
         if self._grpc is None:
             return
         self.engine.is_draining = True
+        self._catalog.close()
         await self._health.enter_graceful_shutdown()
-        streams = list(self._native.streams)
+        streams = self._native.streams
         if streams:
             log.info("draining: %d streams have %.0f s to end", len(streams), self.settings.drain_s)
         for stream in streams:
@@ -137,11 +140,6 @@ class Server:
             app.add_routes(self._handoff.routes())
         path = None if self._place is None else self._place.path
         self._http, self.http_port = await listen(app, self.settings, path)
-
-    async def _announce(self, lane: Lane) -> None:
-        """Let health say that a model version is served."""
-        for name in (lane.name, f"{lane.name}/{lane.version}"):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials:

@@ -225,7 +225,7 @@ class Stream:
         link, now = self._link, self._engine.clock()
         handle = link.num_opened
         try:
-            self._engine.check_open()
+            self._engine.check_open(self._lane)
             handle, position, was_live = self._open_session(link, terms, now)
         except ServiceError as error:
             link.num_opened = handle + 1

@@ -135,8 +135,6 @@ def test_models_do_not_come_over_the_network(own: Served) -> None:
         message.parameters["file:1/model.onnx"].bytes_param = b"a model"
         code, text = refusal(stub.RepositoryModelLoad, message)
         assert (code, "file:1/model.onnx: models and configurations come" in text) == ("UNIMPLEMENTED", True)
-        code, text = refusal(stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="good"))
-        assert (code, "can't be unloaded" in text) == ("UNIMPLEMENTED", True)
 
 
 def test_loads_at_once_load_once(own: Served, root: Path) -> None:

@@ -180,7 +180,7 @@ class GRPCInferenceServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RepositoryModelUnload(self, request, context):
-        """Not there yet: UNIMPLEMENTED.
+        """Serve a model no more: new work is refused at once, what is live has a while to end. Answered before it has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -5,7 +5,7 @@ States and `lengths` are not listed, though a request may give them: load tester
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from models.spec import Layout, TensorSpec
 from service.lane import Lane
@@ -14,7 +14,7 @@ from service.policies import Priority
 from service.rpc.oip.tensors import DATATYPES
 
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
-EXTENSIONS = ("sequence", "schedule_policy", "model_configuration", "statistics", "parameters")
+EXTENSIONS = ("sequence", "schedule_policy", "model_configuration", "statistics", "model_repository", "parameters")
 """Triton's, that are there."""
 ANY = -1
 """A dimension of any size."""
@@ -49,6 +49,14 @@ def config_of(lane: Lane) -> pb.ModelConfig:
         config.sequence_batching.max_sequence_idle_microseconds = int(settings.sequence_idle_s * 1e6)
         config.sequence_batching.oldest.max_candidate_sequences = settings.max_sessions
     return config
+
+
+def index_of(entries: Iterable[tuple[str, int, str, str]]) -> pb.RepositoryIndexResponse:
+    """List (model, version, state, reason)."""
+    response = pb.RepositoryIndexResponse()
+    for name, version, state, reason in entries:
+        response.models.add(name=name, version=str(version or ""), state=state, reason=reason)
+    return response
 
 
 def _dims(tensor: TensorSpec) -> tuple[int, ...]:

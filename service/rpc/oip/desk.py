@@ -46,6 +46,12 @@ class Desk:
             known = self._plans[lane] = plan, Counts(plan)
         return known
 
+    def forget(self, lane: Lane) -> None:
+        """Keep nothing of a version."""
+        self._plans.pop(lane, None)
+
+    # ---- requests ---------------------------------------------------------------------------------------------------
+
     def submit(self, request: pb.ModelInferRequest, inference: Inference) -> Meaning | None:
         """Take a request; the inference tells its answer, or why there is none: at once, or later.
 

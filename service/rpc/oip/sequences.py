@@ -83,6 +83,7 @@ class Sequence:
         if self.is_ending:
             self._table.leave(self)
             self.plan.lane.end(self._session, SessionState.CLOSED)
+            self._link.sink = _ignore  # a cycle of references less
         else:
             self._sent = self._session.expected
 
@@ -115,6 +116,7 @@ class Sequence:
     def _lose(self, error: ServiceError) -> None:
         """The session is over: fail every request."""
         self._table.leave(self)
+        self._link.sink = _ignore
         lost, self._line = self._line, deque()
         for each in lost:
             each.fail(error)
@@ -187,6 +189,10 @@ class SequenceTable:
         self._is_sweeping = bool(self._live)
         if self._is_sweeping:
             asyncio.get_running_loop().call_later(self._sweep_s, self._sweep)
+
+
+def _ignore(event: Event) -> None:
+    """What happens to a sequence that is over."""
 
 
 def _other_spelling(key: Key, plan: InferPlan) -> Key:

@@ -11,14 +11,14 @@ import grpc.aio
 from google.protobuf import message_factory
 
 from service.engine import Engine
-from service.errors import ModelNotFound, ServiceError, Unimplemented
+from service.errors import InvalidInput, ModelNotFound, ServiceError, Unimplemented
 from service.events import Event, Link
 from service.pb.inference import inference_pb2 as pb
 from service.pb.inference import inference_pb2_grpc as pb_grpc
-from service.rpc.oip.describe import EXTENSIONS, config_of, metadata_of
+from service.rpc.catalog import Catalog
+from service.rpc.oip.describe import EXTENSIONS, config_of, index_of, metadata_of
 from service.rpc.oip.desk import Desk
 from service.rpc.oip.inference import Inference
-from service.rpc.oip.repository import Repository, check_name
 from service.rpc.oip.stream import InferStream
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -40,10 +40,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     """Maps requests to the engine and results to responses."""
 
-    def __init__(self, engine: Engine, repository: Repository) -> None:
+    def __init__(self, engine: Engine, catalog: Catalog) -> None:
         self._engine = engine
-        self._repository = repository
-        self._desk = Desk(engine)
+        self._catalog = catalog
+        self.desk = Desk(engine)
+        """Where its requests come in."""
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
         """Say that the process answers."""
@@ -56,7 +57,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         """Say whether a model version is served."""
         try:
-            self._desk.lane(request.name, request.version)
+            self.desk.lane(request.name, request.version)
         except ModelNotFound:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=not self._engine.is_draining)
@@ -67,53 +68,57 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
         """Describe a model's tensors."""
-        lane = self._desk.lane(request.name, request.version)
+        lane = self.desk.lane(request.name, request.version)
         return metadata_of(lane, [each.version for each in self._engine.lanes if each.name == lane.name])
 
     async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:
         """Describe how a model is served."""
-        return pb.ModelConfigResponse(config=config_of(self._desk.lane(request.name, request.version)))
+        return pb.ModelConfigResponse(config=config_of(self.desk.lane(request.name, request.version)))
 
     async def ModelStatistics(self, request: pb.ModelStatisticsRequest, context: Context) -> pb.ModelStatisticsResponse:
         """Tell the counts of one version of a model, of all of its versions, or of all models."""
         lanes = self._engine.lanes
         if request.version or request.name:
-            wanted = self._desk.lane(request.name, request.version)
+            wanted = self.desk.lane(request.name, request.version)
             lanes = [each for each in lanes if each.name == wanted.name and (not request.version or each is wanted)]
         response = pb.ModelStatisticsResponse()
         for lane in lanes:
             message = response.model_stats.add(name=lane.name, version=str(lane.version))
-            self._desk.plan(lane)[1].fill(message)
+            self.desk.plan(lane)[1].fill(message)
         return response
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         """List the repository."""
-        check_name(request.repository_name)
-        return self._repository.index(is_ready=request.ready)
+        _check_repository(request.repository_name)
+        return index_of(self._catalog.entries(is_ready=request.ready))
 
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
         """Serve what is on disk of a model and is not served."""
-        check_name(request.repository_name)
+        _check_repository(request.repository_name)
         if request.parameters:
             raise Unimplemented(
                 f"parameter {min(request.parameters)}: models and configurations come from the repository alone; "
                 "put the model there and load it without parameters"
             )
-        await self._repository.load(request.model_name)
+        await self._catalog.load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
-    async def RepositoryModelUnload(self, request: pb.RepositoryModelUnloadRequest, context: Context) -> None:
-        """Refuse."""
-        raise Unimplemented("models can't be unloaded: take it out of the repository, and start the server again")
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Serve a model no more; what is live has a while to end."""
+        _check_repository(request.repository_name)
+        await self._catalog.unload(request.model_name)
+        return pb.RepositoryModelUnloadResponse()
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> bytes:
         """Infer. Returns a serialised ModelInferResponse."""
         done = asyncio.get_running_loop().create_future()
         inference = Inference(lambda _: None if done.done() else done.set_result(None))
         inference.id = request.id.encode()
-        self._desk.submit(request, inference)
+        self.desk.submit(request, inference)
         try:
             await done
         finally:
@@ -126,7 +131,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Answer requests in their order until the client has sent all, or is gone."""
         link = Link(_ignore, [])  # it holds no session: sequences belong to no connection
         self._engine.attach(link)
-        stream = InferStream(self._desk, self._engine.settings)
+        stream = InferStream(self.desk, self._engine.settings)
         writer = asyncio.create_task(stream.write_to(context))
         try:
             await self._read(stream, writer, context)
@@ -170,6 +175,11 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             name: grpc.unary_unary_rpc_method_handler(_refusal(name, what)) for name, what in ABSENT.items()
         }
         return {**unary, **refusals, "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.ModelStreamInfer)}
+
+
+def _check_repository(name: str) -> None:
+    if name:
+        raise InvalidInput(f"no repository {name!r}: there is one, without a name", field="repository_name")
 
 
 def _refusal(name: str, what: str) -> Any:
