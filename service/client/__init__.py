@@ -42,7 +42,16 @@ if TYPE_CHECKING:
     from service.client._sync import Client
     from service.client._sync_gateway import Gateway
     from service.client._sync_stream import Stream
-    from service.client.info import BrokenModelInfo, ModelInfo, ModelList, Prediction, StateInfo, TensorInfo
+    from service.client.generated import Generated, Piece
+    from service.client.info import (
+        BrokenModelInfo,
+        GenerationInfo,
+        ModelInfo,
+        ModelList,
+        Prediction,
+        StateInfo,
+        TensorInfo,
+    )
 
 __all__ = [
     "AsyncClient",
@@ -56,12 +65,15 @@ __all__ = [
     "FailedPrecondition",
     "FieldViolation",
     "Gateway",
+    "Generated",
+    "GenerationInfo",
     "InvalidArgument",
     "ModelInfo",
     "ModelList",
     "NotFound",
     "Opened",
     "PermissionDenied",
+    "Piece",
     "Prediction",
     "ProtocolError",
     "ResourceExhausted",
@@ -85,9 +97,12 @@ _HOMES = {
     "Closed": "_columns",
     "Events": "_columns",
     "Gateway": "_sync_gateway",
+    "Generated": "generated",
+    "GenerationInfo": "info",
     "ModelInfo": "info",
     "ModelList": "info",
     "Opened": "_columns",
+    "Piece": "generated",
     "Prediction": "info",
     "StateInfo": "info",
     "Stream": "_sync_stream",

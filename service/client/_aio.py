@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc.aio
 import numpy.typing as npt
@@ -19,8 +19,10 @@ from service.client._aio_gateway import AsyncGateway
 from service.client._aio_stream import AsyncStream
 from service.client._base import READY_INTERVAL_S, ClientBase, check_timeout, delays, translate
 from service.client._channel import HEALTH_CHECK
+from service.client._generation import Collector, GenerateArguments, GenerateTerms, Prompt, generate_request
 from service.client._terms import SequenceTerms
 from service.client.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable
+from service.client.generated import Generated, Piece
 from service.client.info import Emit, ModelInfo, ModelList, Prediction, Priority
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1.rnnserve_pb2_grpc import SequenceServiceStub
@@ -119,6 +121,56 @@ class AsyncClient(ClientBase):
         if response.digest != info.digest:
             info = self._remember(model, version, await self.model(model, response.version, timeout=timeout))
         return _codec.prediction(info, response, lengths, emit)
+
+    async def generate(
+        self,
+        model: str,
+        inputs: Any = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **terms: Unpack[GenerateArguments],
+    ) -> list[Generated]:
+        """Have a model make sequences, one output after another; arguments and answer are those of Client.generate."""
+        chosen = GenerateTerms(**terms)
+        collector = Collector(await self._find(model, chosen.version, chosen.timeout))
+        async for _ in self._generate(generate_request(collector.info, inputs, prompts, chosen), collector):
+            pass
+        return collector.results()
+
+    async def generate_stream(
+        self,
+        model: str,
+        inputs: Any = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **terms: Unpack[GenerateArguments],
+    ) -> AsyncIterator[Piece]:
+        """Yield outputs as they are made; arguments are as for `generate`.
+
+        A piece is what came of one sequence together; its last has the whole of it, as `finished`. Closing the iterator
+        ends the call.
+        """
+        chosen = GenerateTerms(**terms)
+        collector = Collector(await self._find(model, chosen.version, chosen.timeout))
+        request = generate_request(collector.info, inputs, prompts, chosen)
+        async for piece in self._generate(request, collector):
+            yield piece
+
+    async def _generate(self, request: pb.GenerateRequest, collector: Collector) -> AsyncIterator[Piece]:
+        """Call, and take what comes. The time that the request has is the call's too."""
+        timeout = request.timeout.ToNanoseconds() / 1e9 or None
+        call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
+        try:
+            async for response in call:
+                for piece in collector.take(response):
+                    yield piece
+        except grpc.aio.AioRpcError as error:
+            failure = translate(error)
+            if isinstance(failure, InvalidArgument):
+                self._forget(request.model, request.version)
+            raise failure from None
+        finally:
+            call.cancel()
 
     def stream(
         self,

@@ -11,6 +11,9 @@ import click
 from service.client._cli_options import client_of, server_options
 from service.client.info import ModelInfo, ModelList, TensorInfo
 
+_SHOWN = 40
+"""Words of a vocabulary that are shown."""
+
 
 @click.command(short_help="List models, or tell all about one.")
 @click.argument("name", required=False)
@@ -68,7 +71,8 @@ def _sheet(model: ModelInfo) -> str:
         "task": model.task,
         "metrics": ", ".join(f"{name} {value:.4g}" for name, value in sorted(model.metrics.items())),
         "labels": ", ".join(model.labels),
-        "vocabulary": f"{len(model.vocabulary)} entries" if model.vocabulary else "",
+        "vocabulary": _some(model.vocabulary),
+        "generates": _generation(model),
         "provider": model.provider,
         "limit": f"{model.max_inflight_steps} unanswered steps of a session",
         "digest": model.digest,
@@ -78,6 +82,20 @@ def _sheet(model: ModelInfo) -> str:
     lines += [f"{kind:<10}  {_shape(tensor)}{_words(tensor)}" for kind, tensor in tensors]
     lines += [f"{'state':<10}  {state.name} {state.dtype} {list(state.row_shape)}" for state in model.states]
     return "\n".join(lines)
+
+
+def _some(words: tuple[str, ...]) -> str:
+    shown = [word or "(other)" for word in words[:_SHOWN]]
+    return " ".join([*shown, f"... {len(words)} in all"] if len(words) > _SHOWN else shown)
+
+
+def _generation(model: ModelInfo) -> str:
+    generation = model.generation
+    if generation is None:
+        return ""
+    given = [t.name for t in model.inputs if t.name in generation.source_inputs or t.layout == "per_sequence"]
+    begins = "" if not generation.token_input or generation.begin_id is not None else ", after a prompt"
+    return f"up to {generation.max_steps} outputs{' from ' + ', '.join(given) if given else ''}{begins}"
 
 
 def _shape(tensor: TensorInfo) -> str:

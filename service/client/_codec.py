@@ -177,13 +177,13 @@ def predict_request(
         priority=priority_enum(priority),
     )
     lengths: list[int] = []
-    for spec, value in _by_input(info, info.inputs, xs):
+    for spec, value in by_input(info, info.inputs, xs):
         if spec.layout == "shared":
             request.inputs.append(tensor(spec.name, cast(value, spec, spec.name), "shared"))
         elif spec.layout == "per_sequence":
             request.inputs.append(tensor(spec.name, rows_of(value, spec, spec.name, "sequences"), "per_sequence"))
         else:
-            packed, steps = _pack(value, spec)
+            packed, steps = pack(value, spec)
             lengths = lengths or steps
             request.inputs.append(tensor(spec.name, packed, "per_step", steps))
     known = {state.name: state for state in info.states}
@@ -229,7 +229,7 @@ def _unpack(message: pb.Tensor, array: Array, layout: Layout, lengths: Sequence[
 def chunk_of(info: ModelInfo, steps: Steps) -> dict[str, Array]:
     """Read steps for a stream: every per-step input [time, *row_shape] by name. Raises InvalidArgument."""
     chunk = {
-        spec.name: rows_of(value, spec, spec.name, "time") for spec, value in _by_input(info, info.step_inputs, steps)
+        spec.name: rows_of(value, spec, spec.name, "time") for spec, value in by_input(info, info.step_inputs, steps)
     }
     if len({len(array) for array in chunk.values()}) > 1:
         counts = ", ".join(f"{name} has {len(array)}" for name, array in chunk.items())
@@ -242,7 +242,7 @@ def chunk_of(info: ModelInfo, steps: Steps) -> dict[str, Array]:
 def step_of(info: ModelInfo, step: Steps) -> dict[str, Array]:
     """Read one step for a stream: every per-step input [1, *row_shape] by name. Raises InvalidArgument."""
     chunk: dict[str, Array] = {}
-    for spec, value in _by_input(info, info.step_inputs, step):
+    for spec, value in by_input(info, info.step_inputs, step):
         array = cast(value, spec, spec.name)
         if array.shape != spec.row_shape:
             raise InvalidArgument(
@@ -254,12 +254,12 @@ def step_of(info: ModelInfo, step: Steps) -> dict[str, Array]:
 
 def step_or_chunk_of(info: ModelInfo, steps: Steps) -> dict[str, Array]:
     """Read one step or several for a stream, told apart by the number of axes. Raises InvalidArgument."""
-    arrays = {spec.name: cast(value, spec, spec.name) for spec, value in _by_input(info, info.step_inputs, steps)}
+    arrays = {spec.name: cast(value, spec, spec.name) for spec, value in by_input(info, info.step_inputs, steps)}
     is_step = all(arrays[spec.name].ndim == len(spec.row_shape) for spec in info.step_inputs)
     return step_of(info, arrays) if is_step else chunk_of(info, arrays)
 
 
-def _by_input(info: ModelInfo, specs: tuple[TensorInfo, ...], value: Any) -> list[tuple[TensorInfo, Any]]:
+def by_input(info: ModelInfo, specs: tuple[TensorInfo, ...], value: Any) -> list[tuple[TensorInfo, Any]]:
     """Match what a caller gave to the inputs of a model: by name, or the only one there is."""
     names = ", ".join(spec.name for spec in specs)
     if not isinstance(value, Mapping):
@@ -275,7 +275,7 @@ def _by_input(info: ModelInfo, specs: tuple[TensorInfo, ...], value: Any) -> lis
     return [(spec, value[spec.name]) for spec in specs]
 
 
-def _pack(value: Any, spec: TensorInfo) -> tuple[Array, list[int]]:
+def pack(value: Any, spec: TensorInfo) -> tuple[Array, list[int]]:
     """Lay sequences end to end; returns [sum(lengths), *row_shape] and lengths."""
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
         raise InvalidArgument(f"{spec.name}: expected a list of sequences, got {type(value).__name__}")

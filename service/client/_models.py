@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from types import MappingProxyType
 
 from service.client._codec import DTYPE_BY_ENUM, LAYOUT_BY_ENUM, STEP_MODE_BY_ENUM
-from service.client.info import BrokenModelInfo, ModelInfo, ModelList, StateInfo, TensorInfo
+from service.client.info import BrokenModelInfo, GenerationInfo, ModelInfo, ModelList, StateInfo, TensorInfo
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 
 _EXACTNESS_BY_ENUM = MappingProxyType(
@@ -37,6 +37,7 @@ def model_info(model: pb.Model) -> ModelInfo:
         provider=model.provider,
         max_inflight_steps=model.max_inflight_steps,
         spec_json=model.spec_json,
+        generation=_generation_info(model.generation) if model.HasField("generation") else None,
     )
 
 
@@ -45,6 +46,17 @@ def model_list(response: pb.ListModelsResponse) -> ModelList:
     return ModelList(
         models=tuple(model_info(model) for model in response.models),
         broken=tuple(BrokenModelInfo(b.name, b.version, b.error) for b in response.broken),
+    )
+
+
+def _generation_info(message: pb.Generation) -> GenerationInfo:
+    return GenerationInfo(
+        max_steps=message.max_steps,
+        token_input=message.token_input,
+        source_inputs=tuple(message.source_inputs),
+        begin_id=message.begin_id if message.HasField("begin_id") else None,
+        end_id=message.end_id if message.HasField("end_id") else None,
+        separator=message.separator,
     )
 
 

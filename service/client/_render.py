@@ -47,8 +47,8 @@ class Renderer:
             facts["label"], probability = self.top(row)
             facts["probability"] = _plain(probability, FLOAT32_DIGITS)
         if len(outputs) == 1:
-            return facts | {"output": _values(outputs[self._first])}
-        return facts | {"outputs": {name: _values(array) for name, array in outputs.items()}}
+            return facts | {"output": plain(outputs[self._first])}
+        return facts | {"outputs": {name: plain(array) for name, array in outputs.items()}}
 
 
 def dump(facts: Mapping[str, Any]) -> str:
@@ -56,7 +56,8 @@ def dump(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, ensure_ascii=False, allow_nan=False)
 
 
-def _values(array: Array) -> Any:
+def plain(array: Array) -> Any:
+    """Write an array as lists of what JSON has."""
     return _plain(array.tolist(), FLOAT32_DIGITS if array.dtype == np.float32 else None)
 
 

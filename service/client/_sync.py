@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 import numpy.typing as npt
@@ -14,11 +14,13 @@ from grpc_health.v1 import health_pb2
 from service.client import _codec, _models
 from service.client._base import READY_INTERVAL_S, ClientBase, check_timeout, delays, translate
 from service.client._channel import HEALTH_CHECK
+from service.client._generation import Collector, GenerateArguments, GenerateTerms, Prompt, generate_request
 from service.client._sync_call import Call
 from service.client._sync_gateway import Gateway
 from service.client._sync_stream import Stream
 from service.client._terms import SequenceTerms
 from service.client.errors import DeadlineExceeded, InvalidArgument, NotFound, Unavailable
+from service.client.generated import Generated, Piece
 from service.client.info import Emit, ModelInfo, ModelList, Prediction, Priority
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1.rnnserve_pb2_grpc import SequenceServiceStub
@@ -111,6 +113,72 @@ class Client(ClientBase):
         if response.digest != info.digest:
             info = self._remember(model, version, self.model(model, response.version, timeout=timeout))
         return _codec.prediction(info, response, lengths, emit)
+
+    def generate(
+        self,
+        model: str,
+        inputs: Any = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **terms: Unpack[GenerateArguments],
+    ) -> list[Generated]:
+        """Have a model make sequences, one output after another.
+
+        inputs         what it generates from: of an encoder-decoder a source for each sequence (a text, or ids); of a
+                       model with per-sequence inputs those [sequences, ...]; of several inputs a dict by name
+        prompts        what is fed first, for each sequence: a text of words of the vocabulary, such words, or ids; a
+                       model that takes nothing else may be given them as inputs
+        num_sequences  how many to make of one prompt, or of none; None is one
+        version        of the model; 0 is the newest
+        seed           of the draws: one for each sequence, or a number that counts on; None has the server make them up
+        max_steps      most outputs of a sequence; 0 is the model's own limit
+        temperature    0 chooses the likeliest id; else ids are drawn
+        top_k, top_p   draw among the likeliest ids only; 0 draws among all
+        beams          width of a search for the likeliest sequences
+        num_hypotheses        of the search to answer, best first: see Generated.others
+        length_normalization  power of the length that a hypothesis' log-probability is divided by
+        priority       which work of the model goes first: "high", "normal" or "low"
+        timeout        seconds for all of it
+        Returns what was made, in the order of the sequences.
+        """
+        chosen = GenerateTerms(**terms)
+        collector = Collector(self._find(model, chosen.version, chosen.timeout))
+        for _ in self._generate(generate_request(collector.info, inputs, prompts, chosen), collector):
+            pass
+        return collector.results()
+
+    def generate_stream(
+        self,
+        model: str,
+        inputs: Any = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **terms: Unpack[GenerateArguments],
+    ) -> Iterator[Piece]:
+        """Yield outputs as they are made; arguments are as for `generate`.
+
+        A piece is what came of one sequence together; its last has the whole of it, as `finished`. Closing the iterator
+        ends the call.
+        """
+        chosen = GenerateTerms(**terms)
+        collector = Collector(self._find(model, chosen.version, chosen.timeout))
+        request = generate_request(collector.info, inputs, prompts, chosen)
+        yield from self._generate(request, collector)
+
+    def _generate(self, request: pb.GenerateRequest, collector: Collector) -> Iterator[Piece]:
+        """Call, and take what comes. The time that the request has is the call's too."""
+        timeout = request.timeout.ToNanoseconds() / 1e9 or None
+        call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
+        try:
+            for response in call:
+                yield from collector.take(response)
+        except grpc.RpcError as error:
+            failure = translate(error)
+            if isinstance(failure, InvalidArgument):
+                self._forget(request.model, request.version)
+            raise failure from None
+        finally:
+            call.cancel()
 
     def stream(
         self,

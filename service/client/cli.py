@@ -16,6 +16,7 @@ import click
 ENTRY_POINTS = "rnnserve.commands"
 OWN = {
     "bench": "service.client._cli_bench:bench",
+    "generate": "service.client._cli_generate:generate",
     "health": "service.client._cli_health:health",
     "models": "service.client._cli_models:models",
     "predict": "service.client._cli_predict:predict",

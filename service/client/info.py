@@ -54,6 +54,24 @@ class StateInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationInfo:
+    """How a model makes outputs one after another: what `generate` goes by."""
+
+    max_steps: int
+    """Most outputs of a sequence, and the default."""
+    token_input: str = ""
+    """Input that takes the id that was chosen last, and before it the prompt; empty: nothing is fed back."""
+    source_inputs: tuple[str, ...] = ()
+    """Inputs that are the source of an encoder-decoder model."""
+    begin_id: int | None = None
+    """Id that is fed first where no prompt is given; None: a prompt has to be given."""
+    end_id: int | None = None
+    """Id that ends a sequence; it is no part of the answer."""
+    separator: str = ""
+    """Text between the words of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One served model version."""
 
@@ -97,6 +115,8 @@ class ModelInfo:
     """Most steps that one session may have unanswered."""
     spec_json: str
     """The whole spec, as the file carries it."""
+    generation: GenerationInfo | None = None
+    """How it makes outputs by `generate`; None where it does not."""
 
     def output(self, name: str) -> TensorInfo | None:
         """Find an output by name."""
