@@ -16,7 +16,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test test-compat check format protos bench soak containers hooks clean
+.PHONY: help demo test test-full test-compat check format protos bench soak containers hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -24,7 +24,10 @@ help: ## list the targets
 demo: .venv/.installed $(MODEL) ## train, export, serve, and stream real utterances frame by frame
 	@$(BIN)/python scripts/demo.py build/repository
 
-test: .venv/.installed ## run the tests
+test: .venv/.installed ## run the tests, of large grids a sample
+	@$(BIN)/python -m pytest -m "not compat and not full"
+
+test-full: .venv/.installed ## run the tests, every case of the grids too
 	@$(BIN)/python -m pytest -m "not compat"
 
 test-compat: .venv/.installed .venv-compat/.installed ## run clients that others wrote: tritonclient, perf_analyzer, reflection

@@ -73,5 +73,7 @@ def _lines(path: Path | None) -> tuple[str, ...]:
         return ()
     try:
         return ("", *path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"--categories {path}: {error}") from error
+    except OSError as error:
+        raise ConversionError(f"--categories {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"--categories {path} is not UTF-8 text") from error

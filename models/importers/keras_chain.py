@@ -161,7 +161,7 @@ def _only(model: KerasLayer, which: str) -> str:
         found = found[0]
     if isinstance(found, dict) and len(found) == 1:
         (found,) = found.values()
-    if isinstance(found, list) and len(found) == 3 and isinstance(found[0], str) and isinstance(found[1], int):
+    if isinstance(found, list) and len(found) == 3 and isinstance(found[0], str) and found[2] == 0:
         return found[0]
     raise model.refuse(f"{which} are {found!r:.80}: a model with one input and one output is converted")
 

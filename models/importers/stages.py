@@ -208,7 +208,8 @@ class Unroll(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Return [max(lengths), batch, features]."""
-        return x.unsqueeze(0).expand(int(lengths.max().item()), -1, -1)
+        # No int() around it: while tracing, it is a symbol.
+        return x.unsqueeze(0).expand(cast("int", lengths.max().item()), -1, -1)
 
 
 class Repeat(nn.Module):

@@ -1,16 +1,21 @@
 """Imported Keras models answer as Keras does."""
 
 import keras
+import numpy as np
 import pytest
 from keras import layers
 
+from models.importers.keras_model import Names
+from models.spec import LENGTHS, Layout, StepMode
 from tests.models.keras_models import (
     FEATURES,
     assert_equal_to_keras,
     functional,
     imported,
     saved,
+    sequences,
     sequential,
+    served,
 )
 
 CELLS = {"rnn": layers.SimpleRNN, "lstm": layers.LSTM, "gru": layers.GRU}
@@ -114,6 +119,24 @@ def convolved():
 MODELS = {f"tutorial-{name}": lambda cell=cell: tutorial(cell) for name, cell in CELLS.items()} | {
     each.__name__: each for each in (every_step, text, forecaster, collapsed, chain, backwards, convolved)
 }
+OPTIONS = {
+    "keras2": lambda: sequential(
+        layers.LSTM(4, recurrent_activation="hard_sigmoid", return_sequences=True),
+        layers.GRU(4, recurrent_activation="hard_sigmoid", reset_after=False),
+    ),
+    "activations": lambda: sequential(
+        layers.SimpleRNN(4, activation="elu", return_sequences=True),
+        layers.LSTM(4, activation="softsign", recurrent_activation="tanh", return_sequences=True),
+        layers.GRU(4, activation="relu", use_bias=False, return_sequences=True),
+        layers.SimpleRNN(4, activation=None, use_bias=False, unroll=False),
+    ),
+    "bidirectional": lambda: sequential(
+        layers.Bidirectional(layers.GRU(4, reset_after=False, return_sequences=True), merge_mode="mul"),
+        layers.Bidirectional(
+            layers.SimpleRNN(4, activation="relu"), backward_layer=layers.SimpleRNN(4, go_backwards=True)
+        ),
+    ),
+}
 MERGED = {
     f"{name}-{mode}-{'all' if every else 'last'}": lambda cell=cell, mode=mode, every=every: sequential(
         layers.Bidirectional(cell(3, return_sequences=every), merge_mode=mode)
@@ -128,3 +151,70 @@ MERGED = {
 def test_imported_model_answers_as_keras_does(make, tmp_path):
     model = make()
     assert_equal_to_keras(model, imported(saved(model, tmp_path), tmp_path))
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in OPTIONS.items()])
+def test_options_of_recurrent_layers(make, tmp_path):
+    model = make()
+    assert_equal_to_keras(model, imported(saved(model, tmp_path), tmp_path))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in MERGED.items()])
+def test_merge_modes(make, tmp_path):
+    model = make()
+    assert_equal_to_keras(model, imported(saved(model, tmp_path), tmp_path))
+
+
+def test_one_input_unrolls_as_many_steps_as_are_asked_for(tmp_path):
+    model = keras.Sequential(
+        [
+            layers.Input((2,)),
+            layers.Dense(4, activation="tanh"),
+            layers.RepeatVector(6),
+            layers.GRU(5, return_sequences=True),
+            layers.LSTM(4, return_sequences=True),
+            layers.TimeDistributed(layers.Dense(2)),
+        ]
+    )
+    file = imported(saved(model, tmp_path), tmp_path, Names(input_names=("season", "year"), output_unit="MW"))
+    graph = file.spec.graph
+    assert file.spec.step_mode[0] is StepMode.GENERATIVE
+    assert (file.spec.topology, file.spec.generation.max_steps) == ("one-to-many", 6)
+    assert (graph.inputs[0].layout, graph.inputs[0].element_names) == (Layout.PER_SEQUENCE, ("season", "year"))
+    assert (graph.outputs[0].layout, graph.outputs[0].unit) == (Layout.PER_STEP, "MW")
+    x = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    zeros = {state.name: np.zeros((3, *state.row_shape), np.float32) for state in graph.states}
+    found = file.runtime({"x": x, LENGTHS: np.array([6, 2, 6], np.int32)} | zeros)["y"]
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(found[[0, 2]], expected[[0, 2]], atol=1e-5)
+    np.testing.assert_allclose(found[1, :2], expected[1, :2], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["masking", "mask_zero"])
+def test_lengths_stand_for_masked_padding(kind, tmp_path):
+    """What Keras is told by a mask, and we by lengths; steps masked within a sequence are left out of ours."""
+    ids = kind == "mask_zero"
+    first = layers.Embedding(9, 3, mask_zero=True) if ids else layers.Masking(0.0)
+    stack = [first, layers.Bidirectional(layers.LSTM(4, return_sequences=True)), layers.GRU(3)]
+    model = keras.Sequential([layers.Input((None,) if ids else (None, FEATURES)), *stack])
+    file = imported(saved(model, tmp_path), tmp_path)
+    rows = sequences(file)
+    padded = np.zeros((len(rows), 9, *rows[0].shape[1:]), rows[0].dtype)
+    for place, (at, row) in enumerate(zip(padded, rows, strict=True)):
+        steps = np.array([0, 1, 3, 4, 5, 7, 8])[: len(row)] if place == 0 else np.arange(len(row))
+        at[steps] = row
+    np.testing.assert_allclose(served(file, rows), model.predict(padded, verbose=0), atol=1e-5)
+
+
+def test_spec_tells_where_a_model_came_from(tmp_path):
+    path = saved(tutorial(layers.GRU), tmp_path)
+    file = imported(path, tmp_path, Names(input_unit="m3/h", output_names=("flow",)))
+    training = file.spec.training
+    assert training.recipe["file"] == "model.keras"
+    assert training.recipe["keras"] == keras.__version__
+    assert len(training.recipe["sha256"]) == 64
+    assert f"Keras {keras.__version__}" in training.data_set
+    assert file.spec.graph.inputs[0].unit == "m3/h"
+    assert file.spec.graph.outputs[0].element_names == ("flow",)
+    assert file.spec.num_parameters == sum(int(np.prod(v.shape)) for v in tutorial(layers.GRU).trainable_variables)
