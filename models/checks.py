@@ -13,7 +13,7 @@ from models.spec import LENGTHS, GraphSpec, Layout
 TOLERANCE = 1e-5
 """Largest difference between two runtimes' answers, absolute below 1 and relative to the value above."""
 MAX_TOLERANCE = 1e-3
-"""What it may grow to for a model that makes more of a rounding error."""
+"""What it may grow to for a model that makes more of a rounding error, as one does that rounds to integers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, get_args, get_origin
@@ -16,6 +16,7 @@ import click
 
 from models.dataflags import data_options
 from models.errors import DataError, MissingExtra, ModelsError, RecipeError, UnknownTask
+from models.quantization import MAX_DROP, QuantizedForm
 from models.recipe import Recipe
 from models.spec import Spec
 from models.tasks import NAMES
@@ -129,18 +130,43 @@ def train(
 )
 @click.option("--name", help="Name of the model.  [default: the task's]")
 @click.option("--version", type=int, help="Version of the model.  [default: the next]")
+@click.option(
+    "--int8",
+    type=click.Choice(get_args(QuantizedForm)),
+    is_flag=False,
+    flag_value="weights",
+    help="Store weights in 8 bits (weights, which the flag alone means); compute with them too, scales fixed (static), "
+    "or measured over each batch, which neighbours change (dynamic).",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    help="With --int8: most that a metric of the test split may lose, absolute of an accuracy and relative of an "
+    f"error.  [default: {MAX_DROP}]",
+)
 @reports_errors
-def export(run: Path, repository: Path, name: str | None, version: int | None) -> None:
+def export(
+    run: Path,
+    repository: Path,
+    name: str | None,
+    version: int | None,
+    int8: QuantizedForm | None,
+    max_drop: float | None,
+) -> None:
     """Export a run's best net as REPOSITORY/NAME/VERSION/model.onnx.
 
-    Before it is written, onnxruntime's answers are compared with torch's; a file that differs is not written.
+    Before it is written, onnxruntime's answers are compared with torch's; a file that differs is not written. With
+    --int8, one that loses more of a metric than --max-drop is not written either.
     """
+    if max_drop is not None and int8 is None:
+        raise click.UsageError("--max-drop is for --int8")
     with needs("export", *_TRAIN_MODULES, "onnxruntime"):
         from models.export import export_run
         from models.runs import Run
 
-    exported = export_run(Run(run), repository, name=name, version=version)
-    tell_written(exported.path, exported.spec, exported.size, repository)
+    allowed = MAX_DROP if max_drop is None else max_drop
+    exported = export_run(Run(run), repository, name=name, version=version, int8=int8, max_drop=allowed)
+    tell_written(exported.path, exported.spec, exported.size, repository, notes=exported.notes())
 
 
 @click.command(short_help="Check a model file.")
@@ -178,14 +204,16 @@ def describe(file: Path, as_json: bool) -> None:
     click.echo(json.dumps(describing.as_json(model), indent=2) if as_json else describing.as_text(model))
 
 
-def tell_written(path: Path, spec: Spec, size: int, repository: Path) -> None:
+def tell_written(path: Path, spec: Spec, size: int, repository: Path, *, notes: Iterable[str] = ()) -> None:
     """Print what is worth knowing of a model version that was written; size is the bytes of all its files."""
     operators = [", ".join(f"{count} {each}" for each, count in graph.operators.items()) for graph in spec.graphs]
     click.echo(f"{path}: {size:,} bytes, {'; its encoder: '.join(operators)}")
     click.echo(
-        f"  torch and onnxruntime differ by {spec.parity.max_abs_error:.2g} at most, in {spec.parity.num_cases} cases "
-        f"({spec.parity.tolerance:.0e} is allowed)"
+        f"  {spec.expected_of} and onnxruntime differ by {spec.parity.max_abs_error:.2g} at most, in "
+        f"{spec.parity.num_cases} cases ({spec.parity.tolerance:.0e} is allowed)"
     )
+    for note in notes:
+        click.echo(f"  {note}")
     click.echo(f"  {spec.step_mode[0].value}: {spec.step_mode[1]}")
     click.echo(f"next: rnnserve serve --repository {repository}")
 

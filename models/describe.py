@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from models.modelfile import ModelFile
+from models.quantization import quantization_lines
 from models.spec import LENGTHS, SOURCE_LENGTHS, Layout, Spec, StateSpec, TensorSpec
 
 _WIDTH = 110
@@ -60,12 +61,15 @@ def as_text(model: ModelFile) -> str:
     lines += _entry("metrics", *_metrics(training.metrics))
     lines += _entry("recipe", ", ".join(f"{name} {value}" for name, value in training.recipe.items()))
     lines += _entry("made with", ", ".join(f"{name} {version}" for name, version in spec.versions.items()))
+    if spec.quantization is not None:
+        lines += _entry("int8", *quantization_lines(spec.quantization, model.size))
+    whose = spec.expected_of
     lines += _entry(
         "parity",
-        f"torch and onnxruntime differ by {parity.max_abs_error:.2g} at most, in {parity.num_cases} cases; "
+        f"{whose} and onnxruntime differ by {parity.max_abs_error:.2g} at most, in {parity.num_cases} cases; "
         f"{parity.tolerance:.0e} is allowed, absolute and relative to the value",
     )
-    lines += _entry("golden", f"{len(spec.golden)} inputs with torch's answers: rnnserve verify {model.path}")
+    lines += _entry("golden", f"{len(spec.golden)} inputs with the answers of {whose}: rnnserve verify {model.path}")
     lines += _entry("size", f"{model.size:,} bytes")
     lines += _entry("sha256", model.digest)
     return "\n".join(lines)

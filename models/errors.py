@@ -7,7 +7,8 @@ ModelsError
 ├── DataError         data that cannot be used, or could not be made again
 ├── RunError          a run's directory is missing, taken or damaged
 ├── ExportError       a file could not be made
-│   └── ParityError   the file would answer differently from the model it came from
+│   ├── ParityError   the file would answer differently from the model it came from
+│   └── DropError     the quantized file would lose more of a metric than is allowed
 ├── ConversionError   a model from elsewhere that cannot become one of ours
 │   └── ForeignFileError  its file cannot be read, or is damaged
 └── ModelFileError    a file that is not a model of ours, or is damaged
@@ -63,6 +64,18 @@ class ParityError(ExportError):
         self.case = case
         self.output = output
         self.error = error
+
+
+class DropError(ExportError):
+    """A quantized file loses more of a metric than is allowed; nothing was written."""
+
+    def __init__(self, form: str, metric: str, *, before: float, after: float, max_drop: float) -> None:
+        others = {"weights": "export without --int8", "static": "try --int8 weights", "dynamic": "try --int8 static"}
+        super().__init__(
+            f"not written: over the test split, --int8 {form} takes {metric} from {before:.4g} to {after:.4g}, more "
+            f"than --max-drop {max_drop:g} allows; {others[form]}, or allow more"
+        )
+        self.metric, self.before, self.after = metric, before, after
 
 
 class ConversionError(ModelsError):

@@ -6,7 +6,7 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,12 @@ import onnx
 import onnxruntime
 from torch import nn
 
-from models.errors import ExportError, RunError
+from models.errors import DataError, ExportError, RunError
 from models.graphs import GraphModule, to_onnx
 from models.importers.torch_module import Example, as_graph
+from models.int8 import Speed, quantize_files, speeds
 from models.objective import Net
+from models.quantization import MAX_DROP, QuantizedForm, quantization_lines
 from models.runs import Run, versions, write_whole
 from models.spec import (
     METADATA_KEY,
@@ -50,14 +52,34 @@ class Exported:
     spec: Spec
     size: int
     """Bytes of all its files."""
+    speeds: tuple[Speed, ...] = ()
+    """Of a quantized file, beside the float32 one."""
+
+    def notes(self) -> Iterator[str]:
+        """Say in lines for people what quantization did; nothing of a float32 file."""
+        if self.spec.quantization is not None:
+            yield from quantization_lines(self.spec.quantization, self.size)
+        for speed in self.speeds:
+            rates = f"{speed.after:,.0f} steps/s, {speed.before:,.0f} before"
+            yield f"batch {speed.batch}: {rates}, in onnxruntime on one thread here"
 
 
-def export_run(run: Run, repository: Path, *, name: str | None = None, version: int | None = None) -> Exported:
+def export_run(
+    run: Run,
+    repository: Path,
+    *,
+    name: str | None = None,
+    version: int | None = None,
+    int8: QuantizedForm | None = None,
+    max_drop: float = MAX_DROP,
+) -> Exported:
     """Export a run's best net as `<repository>/<name>/<version>/model.onnx`, beside it the encoder if it has one.
 
-    name is the task's, and version the next free one, unless given.
-    Raises RunError for a directory that holds no run, ExportError for a name or version that cannot be had, and
-    ParityError where a file would answer differently; nothing is written then.
+    name is the task's, and version the next free one, unless given. int8 quantizes it, unless a metric of the test
+    split would lose more than max_drop.
+    Raises RunError for a directory that holds no run, ExportError for a name or version that cannot be had, or a form
+    of int8 that brings nothing, ParityError where a file would answer differently, DropError, and DataError where int8
+    cannot be judged because the data are gone; nothing is written then.
     """
     task, recipe, net, validation = load_net(run)
     training = Training(
@@ -68,8 +90,13 @@ def export_run(run: Run, repository: Path, *, name: str | None = None, version: 
         recipe=recipe.to_dict(),
     )
     files, spec = export_net(net, task, training)
+    measured: list[Speed] = []
+    if int8:
+        before = files[MODEL_FILE]
+        files, spec = quantize_files(files, spec, net.graphs(task), _with_data(task, run), int8, max_drop)
+        measured = speeds(before, files[MODEL_FILE], spec)
     path = write_version(files, repository, name or task.name, version)
-    return Exported(path=path, spec=spec, size=sum(map(len, files.values())))
+    return Exported(path=path, spec=spec, size=sum(map(len, files.values())), speeds=tuple(measured))
 
 
 def export(
@@ -213,6 +240,16 @@ def next_version(folder: Path) -> int:
     if not folder.is_dir():
         return 1
     return 1 + max((int(each.name) for each in folder.iterdir() if re.fullmatch(r"[1-9]\d*", each.name)), default=0)
+
+
+def _with_data(task: AnyTask, run: Run) -> AnyTask:
+    """Read a run's data again, where its task came without. Raises DataError where they are gone, or others."""
+    if len(task.test):
+        return task
+    try:
+        return run.config().load({})[0]
+    except DataError as error:
+        raise DataError(f"--int8 is judged by the test split, so it reads the run's data again: {error}") from error
 
 
 def _metrics(run: Run, validation: Mapping[str, float]) -> dict[str, float]:

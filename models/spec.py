@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.quantization import Quantization
+
 METADATA_KEY = "rnnserve.spec"
 """Key in the ONNX metadata_props."""
 LENGTHS = "lengths"
@@ -304,6 +306,8 @@ class Spec(_Frozen):
     """Tools that made the file, such as {"torch": "2.13.0"}."""
     parity: Parity
     """What the export gate measured."""
+    quantization: Quantization | None = None
+    """How its weights became 8-bit integers, if they did; parity and golden are of the file as it is."""
     golden: tuple[Golden, ...] = ()
     """A few inputs with torch's outputs, so that the file can be checked anywhere."""
 
@@ -348,6 +352,11 @@ class Spec(_Frozen):
     def cell(self) -> str:
         """Recurrent cells, such as "gru", or "lstm+gru" where layers differ."""
         return "+".join(dict.fromkeys(layer.cell for layer in self.layers)) or "none"
+
+    @property
+    def expected_of(self) -> str:
+        """Whose answers the golden ones are, and the file's were compared with."""
+        return "torch" if self.quantization is None else "the reference of the rounded weights"
 
     @property
     def step_mode(self) -> tuple[StepMode, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,11 +65,7 @@ def gate(part: GraphModule, content: bytes, graph: GraphSpec, *, seed: int = 0) 
         widest = max(widest, case.tolerance)
         num_cases += 1
 
-    cases = [
-        make_case(part, rng, rows=rows, longest=longest, has_state=has_state)
-        for rows, longest in _SHAPES
-        for has_state in (False, True)
-    ]
+    cases = draw_cases(part, rng)
     for case in cases:
         compare(case, runtime(case.inputs), "")
     if graph.is_causal and graph.fixed_steps is None:
@@ -77,9 +74,21 @@ def gate(part: GraphModule, content: bytes, graph: GraphSpec, *, seed: int = 0) 
         for num_chunks in _NUM_CHUNKS:
             cuts = random_cuts(rng, whole.lengths, num_chunks)
             compare(whole, run_in_chunks(runtime, graph, whole.inputs, cuts), f", in {num_chunks} chunks")
-    # The smallest that are ragged, without and with initial states: they have to fit into the metadata.
-    golden = [case for case in cases if len(case.lengths) == _GOLDEN_ROWS][:_NUM_GOLDEN]
-    return Parity(max_abs_error=worst, tolerance=widest, num_cases=num_cases), tuple(map(_golden, golden))
+    return Parity(max_abs_error=worst, tolerance=widest, num_cases=num_cases), golden_of(cases)
+
+
+def draw_cases(part: GraphModule, rng: np.random.Generator) -> list[Case]:
+    """Draw cases of many sizes, each without and with initial states."""
+    return [
+        make_case(part, rng, rows=rows, longest=longest, has_state=has_state)
+        for rows, longest in _SHAPES
+        for has_state in (False, True)
+    ]
+
+
+def golden_of(cases: Sequence[Case]) -> tuple[Golden, ...]:
+    """Choose those that travel with a file: the smallest ragged ones, for they have to fit into the metadata."""
+    return tuple(_golden(case) for case in cases if len(case.lengths) == _GOLDEN_ROWS)[:_NUM_GOLDEN]
 
 
 def make_case(
