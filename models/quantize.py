@@ -62,9 +62,8 @@ def quantize(model: onnx.ModelProto, form: QuantizedForm) -> Quantized:
     if form != "weights" and not result.done:
         whys = "; ".join(result.kept) or "it has no recurrent operator"
         raise ExportError(f"--int8 {form} would change nothing here: {whys}. Use --int8 weights")
-    names = _store(result.model.graph)
-    if names:
-        result.done.append(f"stored in int8, widened when loaded: {', '.join(names)}")
+    if readers := _store(result.model.graph):
+        result.done.append(f"stored in int8, widened when loaded: weights of {', '.join(readers)}")
     if not result.done:
         raise ExportError("--int8 weights would change nothing here: every weight is too small to be stored smaller")
     if any(node.domain == MICROSOFT for node in _nodes(result.model.graph)):
@@ -89,10 +88,10 @@ def _store(graph: GraphProto) -> list[str]:
     """Store weights in int8, each widened by a Cast and a Mul, which onnxruntime folds when it loads the file.
 
     It does not fold DequantizeLinear, the operator made for this: weights would be widened anew in every run, and no
-    kernel could arrange them beforehand.
+    kernel could arrange them beforehand. Returns the nodes that read them.
     """
     axes = _weight_axes(graph)
-    names, before, added = [], [], dict[str, Array]()
+    stored_names, before, added = [], [], dict[str, Array]()
     for tensor in list(graph.initializer):
         if (stored := _stored(tensor, axes)) is None:
             continue
@@ -101,12 +100,13 @@ def _store(graph: GraphProto) -> list[str]:
         graph.initializer.remove(tensor)
         before.append(helper.make_node("Cast", [f"{name}.int8"], [f"{name}.wide"], to=TensorProto.FLOAT))
         before.append(helper.make_node("Mul", [f"{name}.wide", f"{name}.scale"], [name]))
-        names.append(name)
+        stored_names.append(name)
+    readers = [node.name or node.op_type for node in _nodes(graph) if set(node.input) & set(stored_names)]
     nodes = [*before, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
     graph.initializer.extend(as_initializers(added))
-    return names
+    return readers
 
 
 def _stored(tensor: TensorProto, axes: dict[str, tuple[int, ...]]) -> tuple[Array, Array] | None:
