@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from models.spec import Layout, TensorSpec
+from models.spec import Layout, StepMode, TensorSpec
 from service.lane import Lane
 from service.pb.inference import inference_pb2 as pb
 from service.policies import Priority
@@ -42,7 +42,7 @@ def config_of(lane: Lane) -> pb.ModelConfig:
         config.input.add(name=tensor.name, data_type=_data_type(tensor.dtype), dims=_dims(tensor))
     for tensor in lane.graph.outputs:
         config.output.add(name=tensor.name, data_type=_data_type(tensor.dtype), dims=_dims(tensor))
-    if lane.is_whole:
+    if lane.step_mode not in (StepMode.STEPPING, StepMode.CHUNKED):
         config.dynamic_batching.priority_levels = len(Priority)
         config.dynamic_batching.default_priority_level = Priority.NORMAL + 1  # they count from 1
     else:
@@ -61,7 +61,8 @@ def index_of(entries: Iterable[tuple[str, int, str, str]]) -> pb.RepositoryIndex
 
 def _dims(tensor: TensorSpec) -> tuple[int, ...]:
     """Shape of a tensor without the batch."""
-    return (*((ANY,) if tensor.layout is Layout.PER_STEP else ()), *tensor.row_shape) or (1,)
+    has_time = tensor.layout in (Layout.PER_STEP, Layout.PER_SOURCE_STEP)
+    return (*((ANY,) if has_time else ()), *tensor.row_shape) or (1,)
 
 
 def _data_type(dtype: str) -> pb.DataType:

@@ -122,7 +122,7 @@ class Inference:
         self.num_steps = 0
         """Steps of a sequence that it is made of."""
         self.num_bytes = OVERHEAD_BYTES
-        """What its answer takes, roughly."""
+        """What it and its answer take, roughly."""
         self._counts: Counts | None = None
 
     @property

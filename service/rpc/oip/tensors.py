@@ -109,8 +109,9 @@ class InferPlan:
         self.outputs = [_Row(t) for t in lane.graph.outputs]
         self.next_states = [_Row(s, s.next_name) for s in lane.graph.states]
         self.all_outputs = list(range(len(self.outputs)))
-        self.step_bytes = sum(row.itemsize * int(np.prod(row.shape, dtype=np.int64)) for row in self.outputs)
-        """What the answer to a step takes."""
+        rows = [*self.inputs.values(), *self.outputs]
+        self.step_bytes = sum(row.itemsize * int(np.prod(row.shape, dtype=np.int64)) for row in rows)
+        """What a step and its answer take."""
         self._names = [row.name for row in (*self.outputs, *self.next_states)]
         self._head = pb.ModelInferResponse(model_name=lane.name, model_version=str(lane.version)).SerializeToString()
         self._known: dict[tuple[str, str, tuple[int, ...]], tuple[Form, int]] = {}
