@@ -6,10 +6,9 @@ row's length: what is done to its data is done to every step alike, and a replac
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -20,16 +19,20 @@ from torch.nn.utils.rnn import PackedSequence
 
 from models.errors import ConversionError
 
+Names = dict[str, Any]
+"""What a function's code refers to by name."""
 
-def modules_of(module: nn.Module) -> tuple[ModuleType, ...]:
-    """Find the Python modules that the code of a torch module and its children is from, torch's own left out."""
+
+def names_within(module: nn.Module) -> tuple[Names, ...]:
+    """Find the names that the code of a torch module and its children knows things by, torch's own code left out."""
     classes = {cls for each in module.modules() for cls in type(each).__mro__}
-    names = sorted({cls.__module__ for cls in classes if cls.__module__.partition(".")[0] != "torch"})
-    return tuple(sys.modules[name] for name in names if name in sys.modules)
+    functions = [each for cls in classes for each in vars(cls).values() if inspect.isfunction(each)]
+    known = {id(each.__globals__): each.__globals__ for each in functions}
+    return tuple(each for each in known.values() if str(each.get("__name__")).partition(".")[0] != "torch")
 
 
 @contextmanager
-def light_packing(code: tuple[ModuleType, ...], num_steps: Callable[[], int]) -> Iterator[None]:
+def light_packing(code: tuple[Names, ...], num_steps: Callable[[], int]) -> Iterator[None]:
     """Replace torch's packing within `code`, by whatever names it knows it.
 
     num_steps  asked for the steps that an unpacked sequence has
@@ -53,10 +56,10 @@ def light_packing(code: tuple[ModuleType, ...], num_steps: Callable[[], int]) ->
         rnn.unpack_sequence: _refused,
     }
     with ExitStack() as stack:
-        for module in (rnn, *code):
-            for name, value in list(vars(module).items()):
-                if callable(value) and any(value is each for each in replacements):
-                    stack.enter_context(mock.patch.object(module, name, replacements[value]))
+        for names in (vars(rnn), *code):
+            known = {name: value for name, value in names.items() if inspect.isfunction(value)}
+            replaced = {name: replacements[value] for name, value in known.items() if value in replacements}
+            stack.enter_context(mock.patch.dict(names, replaced))
         yield
 
 

@@ -11,7 +11,6 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from models.errors import ConversionError
 from models.graphs import Array, Draw, GraphModule, draw_like
-from models.importers.packing import light_packing, modules_of
+from models.importers.packing import light_packing, names_within
 from models.importers.torch_layers import (
     Carried,
     Recorded,
@@ -165,7 +164,7 @@ class Traced(nn.Module):
     def __init__(self, module: nn.Module, plan: Plan, *, repeats: bool) -> None:
         super().__init__()
         self.plan = plan
-        self.code: tuple[ModuleType, ...] = modules_of(module)
+        self.code = names_within(module)
         self.module = copy.deepcopy(module)
         for name in plan.order:
             layer = self.module.get_submodule(name)
@@ -287,14 +286,16 @@ def _read(module: nn.Module, example: Example, lengths: str) -> tuple[Plan, list
             raise ConversionError(f"argument {name!r} looks like each row's length: say lengths={name!r}")
         else:
             raise ConversionError(
-                f"argument {name!r} is {list(x.shape)}, where recurrent layers read {rows} rows of {steps} steps: "
-                "the longest row of an example has to be as long as its time axis"
+                f"argument {name!r} is {list(x.shape)}, for {rows} rows of {steps} steps: give it a batch axis"
             )
         names.append(name)
-    if len(first) != 1:
+    if not first:
         raise ConversionError(
-            "arguments have to be all [batch, time, ...], or all [time, batch, ...], and at least one"
+            f"recurrent layers read {rows} rows of {steps} steps, and no argument is [{rows}, {steps}, ...]: they have "
+            "to read every step, and the longest row of an example has to be as long as its time axis"
         )
+    if len(first) > 1:
+        raise ConversionError("some arguments are [batch, time, ...], others [time, batch, ...]: take all in one order")
     plan = Plan(
         inputs=tuple(names),
         layouts=tuple(layouts),
