@@ -91,13 +91,18 @@ def run(
     Returns (y [time, batch, hidden], states after the last step that each row reads).
     """
     time = from_x.shape[0]
-    is_within = (torch.arange(time, device=lengths.device)[:, None] < lengths).unsqueeze(-1)
+    is_within = within(lengths, time)
     ys: list[Tensor] = [from_x] * time
     for t in reversed(range(time)) if backwards else range(time):
         following = step(kind, from_x[t], states, recurrence)
         states = tuple(torch.where(is_within[t], new, old) for new, old in zip(following, states, strict=True))
         ys[t] = states[0]
     return torch.stack(ys), states
+
+
+def within(lengths: Tensor, time: int) -> Tensor:
+    """Which steps of rows are not padding, [time, batch, 1] bool."""
+    return (torch.arange(time, device=lengths.device)[:, None] < lengths).unsqueeze(-1)
 
 
 def inputs_of_gates(x: Tensor, kernel: Tensor, bias: Tensor | None, masks: Sequence[Tensor]) -> Tensor:

@@ -7,11 +7,8 @@ A module's forward takes the graph's inputs in their order (`GraphSpec.input_nam
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +19,10 @@ from torch import Tensor, nn
 
 from models.errors import ExportError
 from models.runs import versions
+from models.scans import expand
 from models.spec import LENGTHS, GraphSpec, Layout, StateSpec, TensorSpec
+from models.tracing import strip, trace
 
-OPSET = 18
-"""All that the graph needs; above 21, recurrent operators have no CUDA kernels."""
 AXES = {
     Layout.PER_STEP: ("batch", "time"),
     Layout.PER_SEQUENCE: ("batch",),
@@ -78,23 +75,14 @@ def to_onnx(part: GraphModule) -> tuple[onnx.ModelProto, GraphSpec]:
     """
     spec = part.spec
     arguments, axes = _example(spec)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                part.ready,
-                tuple(arguments),
-                dynamo=True,
-                dynamic_shapes=_as_parameters(part.ready, axes),
-                input_names=list(spec.input_names),
-                output_names=list(spec.output_names),
-                opset_version=OPSET,
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx.export failed: {str(error).splitlines()[0]}") from error
-    if program is None:
-        raise ExportError("torch.onnx.export made nothing")
-    model = program.model_proto
+    model = trace(
+        part.ready,
+        arguments,
+        axes=_as_parameters(part.ready, axes),
+        input_names=spec.input_names,
+        output_names=spec.output_names,
+    )
+    expand(model)
     _tidy(model)
     _check(model, spec)
     operators = dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
@@ -137,12 +125,10 @@ def _tidy(model: onnx.ModelProto) -> None:
     """Leave out what only its maker needs, stack traces with paths among it, and name the rest by its layer."""
     graph = model.graph
     model.producer_name, model.producer_version = "rnnserve", versions().get("rnnserve", "")
-    model.doc_string = graph.doc_string = ""
+    model.doc_string = ""
     graph.name = "model"
-    graph.ClearField("value_info")
-    for message in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        message.ClearField("metadata_props")
-        message.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    strip(graph)
     used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
     renamed: dict[str, str] = {}
     recurrent = 0
@@ -182,6 +168,9 @@ def _check(model: onnx.ModelProto, spec: GraphSpec) -> None:
         for node in nodes:
             if unfolded := [name for name in node.input[1:4] if name and name not in constants]:
                 raise ExportError(f"{node.name}: weights {', '.join(unfolded)} are computed at run time")
+    wanted = sum(layer.directions for layer in spec.layers if layer.form == "decomposed")
+    if (found := sum(node.op_type == "Scan" for node in model.graph.node)) != wanted:
+        raise ExportError(f"layers without an operator came out as {found} Scans, not {wanted}")
     layouts = {t.name: t.layout for t in (*spec.inputs, *spec.outputs)}
     # A graph without a per-step input works its number of steps out from the lengths.
     has_time = any(t.layout is Layout.PER_STEP for t in spec.inputs)
@@ -198,17 +187,3 @@ def _check(model: onnx.ModelProto, spec: GraphSpec) -> None:
                 raise ExportError(f"{value.name}: axis {name} came out as {dim.dim_param or dim.dim_value}")
         if fixed := [dim.dim_param for dim in dims[len(names) :] if dim.dim_param]:
             raise ExportError(f"{value.name}: {', '.join(fixed)} varies, besides {', '.join(names)}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torch's exporter says of its own insides, for as long as it runs."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

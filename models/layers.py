@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from models.cells import NUM_GATES, CellKind, Recurrence, inputs_of_gates, run
+from models.cells import NUM_GATES, CellKind, Recurrence, inputs_of_gates, run, within
 from models.constraints import constrained, penalty_of
 from models.initializers import initial
 from models.operators import in_onnx_order, is_native, native
@@ -29,6 +29,7 @@ from models.options import (
     parse_initializer,
     parse_regularizer,
 )
+from models.scans import scanned
 from models.spec import Cell, LayerSpec
 
 Array = np.ndarray[Any, Any]
@@ -312,13 +313,20 @@ class Recurrent(nn.Module):
             recurrence = Recurrence(self._weight("weight_hh", number).T, biases[1], of_hidden[number])
             first = tuple(state[:, number] for state in states)
             backwards = number == 1 or self.options.go_backwards
-            y, last = run(self.kind, from_x, lengths, first, recurrence, backwards=backwards)
+            if torch.onnx.is_in_onnx_export() and not self.options.unroll:
+                is_within = within(lengths, x.shape[0])
+                y, last = scanned(self.kind, from_x, is_within, first, recurrence, backwards=backwards)
+            else:
+                y, last = run(self.kind, from_x, lengths, first, recurrence, backwards=backwards)
             ys.append(y)
             after.append(last)
         return torch.cat(ys, dim=-1), tuple(torch.stack(each, dim=1) for each in zip(*after, strict=True))
 
     def _exported(self, x: Tensor, lengths: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`forward` as nodes of a graph. Call `freeze` first."""
+        if self.spec.form != "operator":
+            y, last = self._by_steps(x, lengths, states)
+            return self.merged(y), last
         first = tuple(state.transpose(0, 1) for state in states)
         weights = (self.native_w, self.native_r, self.native_b)
         y, after = native(self.kind, x, lengths, first, weights, backwards=self.options.go_backwards)
