@@ -120,6 +120,8 @@ def train(
         for name, baseline in metrics["baseline"][split].items():
             score = f"{name} {metrics[split][name]:.4f} {chosen.score_unit}".rstrip()
             click.echo(f"  {split:<10}  {score}  ({metrics['baseline']['name']}: {baseline:.4f})")
+    for answer in metrics.get("answers", ()):
+        click.echo(f"  {answer}")
     click.echo(f"next: rnnserve export {out} --repository repository")
 
 

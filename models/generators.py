@@ -112,6 +112,20 @@ class TextNet(nn.Module):
         scores: Tensor = self.head(self.dropout(steps)).transpose(0, 1)
         return scores
 
+    @torch.no_grad()
+    def sample(self, prompt: Tensor, task: TextTask, generator: torch.Generator) -> Tensor:
+        """Go on from a prompt [length] int64 with ids drawn by their probabilities, [length] int64, to the end."""
+        token, states = prompt[None], self.stack.zero_states(prompt[None])
+        made: list[Tensor] = []
+        while len(made) < task.generation.max_steps:
+            log_probs, *following = self(token, torch.tensor([token.shape[1]], dtype=torch.int32), *states)
+            states = tuple(following)
+            token = torch.multinomial(log_probs[:, -1].exp(), 1, generator=generator)
+            if int(token) == task.end_id:
+                break
+            made.append(token[0])
+        return torch.cat(made) if made else token.new_zeros(0)
+
     def graphs(self, task: AnyTask) -> list[GraphModule]:
         """Describe the graph that this net becomes."""
         spec = GraphSpec(

@@ -58,6 +58,13 @@ def evaluate(net: Net, task: AnyTask, split: Any) -> dict[str, float]:
     return losses.evaluate(cast("mixed.Net", net), cast("Task", task), split)
 
 
+def answers_for_people(net: Net, task: AnyTask) -> list[str]:
+    """Write down a few answers of a net that generates text; none of any other."""
+    if isinstance(task, GenerationTask):
+        return teaching.answers_for_people(cast("GeneratorNet", net), task)
+    return []
+
+
 def _check(task: AnyTask, recipe: Recipe) -> None:
     """Refuse settings that the task has no use for. Raises RecipeError."""
     is_of_ids, reads_source = isinstance(task, TokenTask), isinstance(task, TransductionTask)

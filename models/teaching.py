@@ -5,6 +5,7 @@ In training the ids that are fed are those of the target, not the net's own (tea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,12 +18,14 @@ from models.generators import CurveNet, TextNet
 from models.seq2seq import EncoderDecoder
 from models.tasks.base import Array, pad
 from models.tasks.examples import Examples
-from models.tasks.generating import CurveTask, GenerationTask, TokenTask, TransductionTask, perplexity
+from models.tasks.generating import CurveTask, GenerationTask, TextTask, TokenTask, TransductionTask, perplexity
 
 GeneratorNet = CurveNet | TextNet | EncoderDecoder
 
 EVALUATION_BATCH = 256
 """Sequences evaluated at once."""
+_SHOWN = 5
+"""Answers that are written down for people, of each prompt."""
 _POOL_BATCHES = 50
 """Batches' worth of sequences that are sorted by length, so that little of a batch is padding."""
 
@@ -146,3 +149,25 @@ def evaluate(net: GeneratorNet, task: GenerationTask, split: Examples) -> dict[s
     if isinstance(task, CurveTask | TransductionTask):
         return {"loss": loss, **task.judge(split, [answers[number] for number in range(len(split))])}
     return {"loss": loss, **perplexity(loss)}
+
+
+def answers_for_people(net: GeneratorNet, task: GenerationTask) -> list[str]:
+    """Write down a few answers: text drawn after each prompt, or what sources of the validation split become."""
+    net = copy.deepcopy(net).cpu().eval()
+    if isinstance(net, TextNet) and isinstance(task, TextTask):
+        generator = torch.Generator().manual_seed(0)
+        prompts = {task.text(prompt): torch.from_numpy(prompt) for prompt in task.train.prompts}
+        return [
+            f"{name} {task.text(net.sample(prompt, task, generator).numpy())}"
+            for name, prompt in sorted(prompts.items())
+            for _ in range(_SHOWN)
+        ]
+    if isinstance(net, EncoderDecoder) and isinstance(task, TransductionTask):
+        lesson = gather(task, task.validation, range(min(_SHOWN, len(task.validation))), torch.device("cpu"))
+        made = net.greedy(lesson.sources, lesson.source_lengths, task)
+        letters = task.source_input.categories
+        return [
+            f"{''.join(letters[number] for number in source.tolist())}: {task.text(ids.numpy())}"
+            for source, ids in zip(task.validation.sources, made, strict=False)
+        ]
+    return []

@@ -29,7 +29,7 @@ from models.config import RunConfig
 from models.curves import draw
 from models.errors import RunError
 from models.layers import constrain, penalty
-from models.objective import Net, build, epoch_batches, evaluate, training_loss
+from models.objective import Net, answers_for_people, build, epoch_batches, evaluate, training_loss
 from models.recipe import Recipe
 from models.runs import Row, Run, versions, write_whole
 from models.schedules import learning_rate
@@ -271,6 +271,8 @@ class _Trainer:
             "recipe": self.recipe.to_dict(),
             "versions": versions("torch", "numpy"),
         }
+        if answers := answers_for_people(self.net, self.task):
+            metrics["answers"] = answers
         if is_finished:
             metrics["test"] = evaluate(self.net, self.task, self.task.test)
             baseline["test"] = self.task.baseline(self.task.test)[1]

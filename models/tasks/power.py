@@ -50,7 +50,7 @@ def task() -> CurveTask:
         train=train.take(np.flatnonzero(~validates).tolist()),
         validation=train.take(np.flatnonzero(validates).tolist()),
         test=test,
-        recipe=Recipe(hidden=32, epochs=300, patience=60, batch_size=16, lr=5e-3),
+        recipe=Recipe(hidden=32, epochs=400, patience=150, batch_size=16, lr=1e-2),
     )
 
 

@@ -25,6 +25,12 @@ def sines(monkeypatch):
     return task
 
 
+def test_runs_are_kept_where_asked_to(sines, tmp_path):
+    run_record(tmp_path / "records", "vowels", "--seeds", "1", "--runs", str(tmp_path / "runs"))
+    kept = [path.relative_to(tmp_path / "runs").as_posix() for path in (tmp_path / "runs").glob("*/*/*/best.pt")]
+    assert sorted(kept) == ["vowels/gru/0/best.pt", "vowels/rnn/0/best.pt"]
+
+
 def run_record(tmp_path, *arguments):
     done = CliRunner().invoke(record.main, [*arguments, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output

@@ -114,6 +114,25 @@ def test_curves_are_scored_as_the_rest_is():
     assert found["loss"] == pytest.approx(huber.mean(), rel=1e-4)
 
 
+def test_names_are_drawn_by_their_probabilities():
+    """As often as the net says, from the distribution that its forward gives."""
+    task = words(output_dropout=0.0)
+    torch.manual_seed(4)
+    net = build(task, task.recipe).eval()
+    with torch.no_grad():
+        for weights in net.parameters():
+            weights.mul_(2.0)
+        log_probs, _ = net(torch.tensor([[1]]), torch.tensor([1]), torch.zeros(1, 1, task.recipe.hidden))
+    generator = torch.Generator().manual_seed(6)
+    made = [net.sample(torch.tensor([1]), task, generator).tolist() for _ in range(600)]
+    assert max(map(len, made)) <= task.generation.max_steps
+    assert all(task.end_id not in each for each in made)
+    firsts = np.bincount([each[0] if each else task.end_id for each in made], minlength=len(task.vocabulary))
+    np.testing.assert_allclose(firsts / 600, log_probs[0, 0].exp(), atol=0.06)
+    again = net.sample(torch.tensor([1]), task, torch.Generator().manual_seed(6)).tolist()
+    assert again == made[0]
+
+
 # From the command line
 
 
@@ -135,6 +154,8 @@ def test_what_ships_is_trained_exported_verified_and_described(name, tmp_path, m
     done = invoke(cli.train, name, *SMALL, "--precision", "32", "--out", tmp_path / "run")
     assert done.exit_code == 0
     assert f"test        {task.metric}" in done.stdout
+    shown = [line for line in done.stdout.splitlines() if line.startswith(("  <girl> ", "  <boy> ", "  abco: "))]
+    assert len(shown) == {"power": 0, "namegen": 5, "g2p": 1}[name]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["task"] == name
     assert invoke(cli.export, tmp_path / "run", "--repository", tmp_path / "models").exit_code == 0
     file = tmp_path / "models" / name / "1" / "model.onnx"
