@@ -115,17 +115,23 @@ class Backend:
             raise ModelBroken(f"{path}: the graph is not what its spec says: {fault}")
         self._output_names = [t.name for t in self.graph.outputs] + [s.next_name for s in self.graph.states]
         self._num_outputs = len(self.graph.outputs)
+        self._per_step = {t.name for t in (*self.graph.inputs, *self.graph.outputs) if t.layout is Layout.PER_STEP}
 
     def run(
         self, inputs: Mapping[str, Array], lengths: Array, states: Sequence[Array]
     ) -> tuple[list[Array], list[Array]]:
         """Advance a batch.
 
-        inputs   per-step ones [batch, time, *row shape], others as the spec says
+        inputs   per-step ones [batch, time, *row shape], others as the spec says; those of a graph of fixed steps are
+                 padded to them here, and its outputs cut again
         lengths  [batch] int32, each in 1..time
         states   [batch, directions, hidden] in the spec's order
         Returns (outputs in the spec's order, next states). Raises RunFailed.
         """
+        fixed = self.graph.fixed_steps
+        if fixed is not None:
+            num_steps = max(inputs[name].shape[1] for name in inputs if name in self._per_step)
+            inputs = {name: _padded(x, fixed) if name in self._per_step else x for name, x in inputs.items()}
         feeds: dict[str, Array] = {**inputs, LENGTHS: lengths}
         for state, value in zip(self.graph.states, states, strict=True):
             feeds[state.name] = value
@@ -133,6 +139,9 @@ class Backend:
             results = self._session.run(self._output_names, feeds)
         except Exception as error:
             raise run_failed(error) from error
+        if fixed is not None:
+            named = zip(self._output_names, results, strict=True)
+            results = [y[:, :num_steps] if name in self._per_step else y for name, y in named]
         return results[: self._num_outputs], results[self._num_outputs :]
 
     def open(self, content: bytes) -> ort.InferenceSession:
@@ -202,12 +211,13 @@ class Backend:
         """Say how the graph differs from the spec, or None."""
         takes = {value.name: value for value in self._session.get_inputs()}
         gives = {value.name: value for value in self._session.get_outputs()}
-        declared = {t.name: (t.dtype, _shape(t.layout, t.row_shape)) for t in self.graph.inputs}
+        time = self.graph.fixed_steps or "time"
+        declared = {t.name: (t.dtype, _shape(t.layout, t.row_shape, time)) for t in self.graph.inputs}
         declared |= {s.name: (s.dtype, _shape(Layout.PER_SEQUENCE, s.row_shape)) for s in self.graph.states}
         declared[LENGTHS] = ("int32", _shape(Layout.PER_SEQUENCE, ()))
         if takes.keys() != declared.keys():
             return f"inputs {sorted(takes)}, spec {sorted(declared)}"
-        answered = {t.name: (t.dtype, _shape(t.layout, t.row_shape)) for t in self.graph.outputs}
+        answered = {t.name: (t.dtype, _shape(t.layout, t.row_shape, time)) for t in self.graph.outputs}
         answered |= {s.next_name: (s.dtype, _shape(Layout.PER_SEQUENCE, s.row_shape)) for s in self.graph.states}
         if missing := answered.keys() - gives.keys():
             return f"outputs {sorted(missing)} are missing"
@@ -219,7 +229,8 @@ class Backend:
         return None
 
     def _sample(self, rng: np.random.Generator, steps: int) -> dict[str, Array]:
-        """One sequence of plausible inputs: rows of the golden ones, in any order."""
+        """One sequence of plausible inputs, as long as the graph takes it: rows of the golden ones, in any order."""
+        steps = min(steps, self.graph.fixed_steps or steps)
         sequence = {}
         for tensor in self.graph.inputs:
             rows = self._golden_rows(tensor)
@@ -318,6 +329,13 @@ class Bound:
             raise run_failed(error) from error
 
 
+def _padded(x: Array, steps: int) -> Array:
+    """Put zeros behind the steps of [batch, time, ...] until there are as many as a graph takes."""
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, steps - x.shape[1])
+    return np.pad(x, padding)
+
+
 def run_failed(error: Exception) -> RunFailed:
     """Say that onnxruntime failed, and how: its errors have no common base."""
     return RunFailed(f"onnxruntime failed: {_one_line(error)}")
@@ -329,9 +347,13 @@ def _present(provider: str) -> list[str]:
     return [name for name in PROVIDERS[provider] if name in available]
 
 
-def _shape(layout: Layout, row_shape: tuple[int, ...]) -> tuple[str | int, ...]:
+def _shape(layout: Layout, row_shape: tuple[int, ...], time: str | int = "time") -> tuple[str | int, ...]:
     """Dimensions in the graph; those with a name must be dynamic."""
-    leading = {Layout.PER_STEP: ("batch", "time"), Layout.PER_SEQUENCE: ("batch",), Layout.SHARED: ()}
+    leading: dict[Layout, tuple[str | int, ...]] = {
+        Layout.PER_STEP: ("batch", time),
+        Layout.PER_SEQUENCE: ("batch",),
+        Layout.SHARED: (),
+    }
     return (*leading[layout], *row_shape)
 
 

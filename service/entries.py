@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from models.spec import TensorSpec
 from service.config import Settings
-from service.errors import Exhausted, Overloaded, ServiceError
+from service.errors import Exhausted, Overloaded, ServiceError, TooLong
 from service.events import NEVER, Steps
 from service.inputs import bad_entries
 from service.sessions import Session
@@ -58,6 +58,13 @@ class Entries:
             faults = {i: queue_full(self.lengths[i], num_queued, settings) for i, sum_ in sums if sum_ > room}
         passes = settings.non_finite == "pass"
         return bad_entries(tensors, self.inputs, self.starts, passes_non_finite=passes) | faults
+
+    def too_long(self, limit: int) -> dict[int, ServiceError]:
+        """Find entries that make a sequence longer than a model's fixed steps."""
+        given = self.positions or [None] * len(self.sessions)
+        starts = [session.sent if at is None else at for session, at in zip(self.sessions, given, strict=True)]
+        ends = [start + length for start, length in zip(starts, self.lengths, strict=True)]
+        return {index: TooLong(end, limit=limit) for index, end in enumerate(ends) if end > limit}
 
 
 def queue_full(num_steps: int, num_queued: int, settings: Settings) -> Exhausted:

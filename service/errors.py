@@ -3,6 +3,7 @@
     ServiceError
     +-- InvalidInput              the request is wrong whatever the server's state
     |   +-- ShapeMismatch         bytes, dims or row counts that don't fit
+    |   +-- TooLong               more steps than an unrolled model takes
     |   +-- BadValue              NaN, infinity, or a token id outside the vocabulary
     +-- NotFound
     |   +-- ModelNotFound         unknown model or version
@@ -77,6 +78,18 @@ class ShapeMismatch(InvalidInput):
     """Bytes, dims or row counts that don't fit each other or the model."""
 
     reason = "SHAPE_MISMATCH"
+
+
+class TooLong(InvalidInput):
+    """A sequence has more steps than an unrolled model takes; send a shorter one."""
+
+    reason = "TOO_LONG"
+
+    def __init__(self, num_steps: int, *, limit: int) -> None:
+        super().__init__(
+            f"a sequence of {num_steps} steps, and this model is unrolled for at most {limit}: send no more, or export "
+            "it without unroll"
+        )
 
 
 class BadValue(InvalidInput):

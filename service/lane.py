@@ -285,6 +285,8 @@ class Lane:
         for session in sessions:
             session.used_at = messages[0].arrived_at
         faults = entries.faults(self.step_inputs, self.settings, self.num_queued_steps)
+        if self.graph.fixed_steps is not None:
+            faults |= entries.too_long(self.graph.fixed_steps)
         admission = admit(sessions, entries.lengths, entries.positions, self.settings.max_inflight_steps, faults)
         if admission is not None:
             for index, error in admission.refusals:

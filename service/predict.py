@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from models.spec import Layout
 from service.entries import queue_full
+from service.errors import TooLong
 from service.events import Answer, Closed, Event, Link, StepsFailed
 from service.inputs import bad_rows, bad_value
 from service.lane import Lane
@@ -77,6 +78,9 @@ class PredictCall:
                 error = bad_value(tensor, x[row], row - int(self._starts[sequence]))
                 error.args = (f"sequence {sequence}: {error}",)
                 raise error
+        limit = lane.graph.fixed_steps
+        if limit is not None and (longest := int(sequences.lengths.max())) > limit:
+            raise TooLong(longest, limit=limit)
         num_steps, num = int(sequences.lengths.sum()), len(sequences.lengths)
         if lane.num_queued_steps + num_steps > lane.settings.max_queued_steps:
             raise queue_full(num_steps, lane.num_queued_steps, lane.settings)

@@ -58,7 +58,7 @@ class Runner:
         Returns the outputs in the spec's order. Raises RunFailed, leaving the states as they were.
         """
         num_rows, num_steps = len(slots), next(iter(inputs.values())).shape[1]
-        if num_steps == 1 and num_rows <= self._max_rows:
+        if num_steps == 1 and num_rows <= self._max_rows and self._backend.graph.fixed_steps is None:
             return self._run_step(slots, inputs, num_rows)
         states = self.slab.read(slots)
 

@@ -45,12 +45,14 @@ def build(
     seed: int = 0,
     coupled: bool = False,
     labels: tuple[str, ...] = (),
+    fixed_steps: int | None = None,
 ) -> Model:
     """Build a model with a linear head.
 
     many_to_one  one output a sequence, from the final states of a bidirectional model
     num_ids      token ids in, through an embedding of `features`
     coupled      subtract the mean over the batch: neighbours change each other
+    fixed_steps  the time axis of a graph that takes no other
     """
     rng = np.random.default_rng(seed)
     directions = 2 if bidirectional else 1
@@ -116,6 +118,7 @@ def build(
         graphs=(
             GraphSpec(
                 layers=(LayerSpec(cell=cell, hidden=hidden, directions=directions),) * layers,
+                fixed_steps=fixed_steps,
                 inputs=(
                     TensorSpec(
                         name="x",
@@ -137,15 +140,16 @@ def build(
     def value(name: str, dtype: int, *shape: str | int) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, dtype, shape)
 
+    time = fixed_steps or "time"
     graph_inputs = [
-        value("x", TensorProto.FLOAT, "batch", "time", features)
+        value("x", TensorProto.FLOAT, "batch", time, features)
         if num_ids is None
-        else value("x", TensorProto.INT64, "batch", "time"),
+        else value("x", TensorProto.INT64, "batch", time),
         value("lengths", TensorProto.INT32, "batch"),
         *(value(s.name, TensorProto.FLOAT, "batch", *s.row_shape) for s in states),
     ]
     graph_outputs = [
-        value("y", TensorProto.FLOAT, "batch", *([] if many_to_one else ["time"]), outputs),
+        value("y", TensorProto.FLOAT, "batch", *([] if many_to_one else [time]), outputs),
         *(value(s.next_name, TensorProto.FLOAT, "batch", *s.row_shape) for s in states),
     ]
     graph = helper.make_graph(
