@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from models.activations import ACTIVATIONS
 from models.importers.keras_chain import KerasLayer, read_layer
-
-_BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
-    "celu": functional.celu,
-    "elu": functional.elu,
-    "exponential": lambda x: x.exp(),
-    "gelu": functional.gelu,
-    "hard_sigmoid": functional.hardsigmoid,
-    "hard_silu": functional.hardswish,
-    "hard_swish": functional.hardswish,
-    "hard_tanh": functional.hardtanh,
-    # Keras' function has another slope than torch's, and than its own layer.
-    "leaky_relu": lambda x: functional.leaky_relu(x, 0.2),
-    "log_sigmoid": functional.logsigmoid,
-    "log_softmax": lambda x: functional.log_softmax(x, -1),
-    "mish": functional.mish,
-    "relu": functional.relu,
-    "relu6": functional.relu6,
-    "selu": functional.selu,
-    "sigmoid": lambda x: x.sigmoid(),
-    "silu": functional.silu,
-    "softmax": lambda x: functional.softmax(x, -1),
-    "softplus": functional.softplus,
-    "softsign": functional.softsign,
-    "swish": functional.silu,
-    "tanh": lambda x: x.tanh(),
-}
+from models.options import Activation
 
 
 class Function(nn.Module):
     """A function of one tensor, by the name that Keras has for it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Activation) -> None:
         super().__init__()
         self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it."""
-        return _BY_NAME[self.name](x)
+        return ACTIVATIONS[self.name](x)
 
 
 class CappedReLU(nn.Module):
@@ -87,10 +61,10 @@ def from_keras(layer: KerasLayer) -> list[nn.Module]:
 def _named(layer: KerasLayer, activation: Any) -> list[nn.Module]:
     if activation in (None, "linear"):
         return []
-    if isinstance(activation, str) and activation in _BY_NAME:
-        return [Function(activation)]
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return [Function(cast("Activation", activation))]
     if isinstance(activation, dict) and activation.get("class_name") in ("ReLU", "LeakyReLU", "ELU", "Softmax"):
         return from_keras(read_layer(activation, ""))
     if isinstance(activation, dict):
         activation = activation.get("config", activation)
-    raise layer.refuse(f"activation {activation!r:.80} is not converted; use one of {', '.join(_BY_NAME)}")
+    raise layer.refuse(f"activation {activation!r:.80} is not converted; use one of {', '.join(ACTIVATIONS)}")
