@@ -60,7 +60,7 @@ class Server:
         self._native = SequenceServicer(self.engine, loaded.broken, self._handoff)
         # A call to load or unload reaches one of several workers alone.
         self._catalog = Catalog(self.engine, loaded, self._health, can_change=place is None)
-        self._inference = InferenceServicer(self.engine, self._catalog)
+        self._inference = InferenceServicer(self.engine, self._catalog, self._handoff)
         self._catalog.streams = (self._native,)
         self._catalog.keepers = (self._native.forget, self._inference.desk.forget)
         self._grpc: grpc.aio.Server | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 
 from models.spec import StepMode
 from service.engine import Engine
@@ -11,12 +12,16 @@ from service.errors import DeadlineExpired, InvalidInput, NotSteppable, ServiceE
 from service.events import NEVER
 from service.lane import Lane
 from service.pb.inference import inference_pb2 as pb
+from service.policies import Priority
 from service.predict import Sequences
+from service.rpc.handoff import Handoff
 from service.rpc.oip.inference import Counts, Inference
+from service.rpc.oip.moving import Movers
 from service.rpc.oip.options import Options, read_options
 from service.rpc.oip.repeat import Meaning, Patterns
-from service.rpc.oip.sequences import Key, SequenceTable
+from service.rpc.oip.sequences import Key, Sequence, SequenceTable
 from service.rpc.oip.tensors import Given, InferPlan
+from service.sessions import ANONYMOUS, Terms
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +29,13 @@ log = logging.getLogger(__name__)
 class Desk:
     """Where requests of every call come in."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, handoff: Handoff | None = None) -> None:
+        """Take requests in.
+
+        handoff  brings sequences that live on other workers; None where there are none
+        """
         self._engine = engine
+        self._movers = None if handoff is None else Movers(engine, handoff)
         self._plans: dict[Lane, tuple[InferPlan, Counts]] = {}
         self.patterns = Patterns()
         """What requests of live sequences look like."""
@@ -78,7 +88,9 @@ class Desk:
     def _step(self, request: pb.ModelInferRequest, options: Options, inference: Inference) -> Meaning | None:
         key: Key = (request.model_name, request.model_version, options.sequence_id)
         sequence = None if options.is_start else self._sequences.find(key)
-        if sequence is None:
+        if sequence is not None:
+            plan, counts = self.plan(sequence.plan.lane)
+        else:
             lane = self.lane(request.model_name, request.model_version)
             if lane.is_whole and options.is_start and options.is_end:
                 self._predict(request, options, inference, lane)
@@ -87,22 +99,46 @@ class Desk:
             plan, counts = self.plan(lane)
             if not options.is_start:
                 sequence = self._sequences.find_spelled(key, plan)
-        else:
-            plan, counts = self.plan(sequence.plan.lane)
         given = plan.read(request)
         outputs = plan.pick_outputs(request)
         inference.begin(plan, counts, outputs, wants_final=options.wants_final)
         _check_one_sequence(given)
+        if self._movers is not None and (sequence is None or self._movers.is_moving(key)):
+            self._move(self._movers, key, plan, given, options, inference)
+            return None
         if sequence is None:
+            if not options.is_start:
+                raise self._sequences.missing(key)
             self._engine.check_open()
-            sequence = self._sequences.begin(key, plan, options.priority)
-        if options.is_end:
-            self.patterns.forget(sequence)
-        sequence.submit(self._engine, inference, given, options)
+            terms = ANONYMOUS if options.priority is Priority.NORMAL else Terms(priority=options.priority)
+            sequence = self._sequences.begin(key, plan, terms, plan.lane.open)
+        self._hand_in(sequence, given, options, inference)
         goes_on = not (options.is_start or options.is_end)
         if goes_on and plan.takes_any_bytes and given.lengths is None and len(request.raw_input_contents) == 1:
             return Meaning(sequence, given.form, outputs, options)
         return None
+
+    def _hand_in(self, sequence: Sequence, given: Given, options: Options, inference: Inference) -> None:
+        if options.is_end:
+            self.patterns.forget(sequence)
+        sequence.submit(self._engine, inference, given, options)
+
+    def _move(
+        self, movers: Movers, key: Key, plan: InferPlan, given: Given, options: Options, inference: Inference
+    ) -> None:
+        """Take a step of a sequence that may live on another worker, or that others wait for already."""
+        if options.is_start and (old := self._sequences.find_spelled(key, plan)) is not None:
+            self.patterns.forget(old)  # what comes behind this request is for the new one
+        lock = movers.reserve(key)
+
+        async def act() -> None:
+            async with lock:
+                sequence = None if options.is_start else self._sequences.find_spelled(key, plan)
+                if sequence is None:
+                    sequence = await movers.bring(self._sequences, key, plan, options)
+                self._hand_in(sequence, given, options, inference)
+
+        self._do(inference, act()).add_done_callback(lambda _: movers.release(key))
 
     # ---- whole sequences --------------------------------------------------------------------------------------------
 
@@ -122,9 +158,7 @@ class Desk:
             priority=options.priority,
         )
         inference.num_bytes += plan.step_bytes * given.form.num_steps * (given.form.num_sequences or 1)
-        inference.task = asyncio.create_task(self._run(plan.lane, sequences, given, options, inference))
-        self._tasks.add(inference.task)
-        inference.task.add_done_callback(self._tasks.discard)
+        self._do(inference, self._run(plan.lane, sequences, given, options, inference))
 
     async def _run(
         self, lane: Lane, sequences: Sequences, given: Given, options: Options, inference: Inference
@@ -133,14 +167,25 @@ class Desk:
             async with asyncio.timeout(None if options.timeout_s == NEVER else options.timeout_s):
                 prediction = await self._engine.predict(lane, sequences)
         except TimeoutError:
-            inference.fail(DeadlineExpired(f"no answer within the request's timeout, {options.timeout_s:g} s"))
-        except ServiceError as error:
-            inference.fail(error)
-        except Exception:
-            log.exception("a bug ended a request")
-            inference.fail(ServiceError("the server failed; its log says how"))
-        else:
-            inference.answer(given, prediction)
+            raise DeadlineExpired(f"no answer within the request's timeout, {options.timeout_s:g} s") from None
+        inference.answer(given, prediction)
+
+    def _do(self, inference: Inference, act: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Do something that takes a while for a request, which fails where that does."""
+        inference.task = task = asyncio.create_task(_guarded(inference, act))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def _guarded(inference: Inference, act: Coroutine[None, None, None]) -> None:
+    try:
+        await act
+    except ServiceError as error:
+        inference.fail(error)
+    except Exception:
+        log.exception("a bug ended a request")
+        inference.fail(ServiceError("the server failed; its log says how"))
 
 
 def _check_steppable(lane: Lane) -> None:

@@ -18,12 +18,13 @@ from collections.abc import Callable
 from service.engine import Engine
 from service.errors import ServiceError, SessionNotFound, Unavailable
 from service.events import NEVER, Answer, Event, Link, Steps, StepsFailed
-from service.policies import Priority
 from service.rpc.oip.inference import Inference
 from service.rpc.oip.options import Options
 from service.rpc.oip.tensors import Given, InferPlan
-from service.sessions import ANONYMOUS, SessionState, Terms
+from service.sessions import SessionState, Terms
 
+OpenSession = Callable[[Link, Terms, float], tuple[int, int, bool]]
+"""As Lane.open."""
 Key = tuple[str, str, int | str]
 """Model, its version as the request writes it, and sequence_id."""
 MOST_SWEEP_S = 1.0
@@ -33,19 +34,20 @@ MOST_SWEEP_S = 1.0
 class Sequence:
     """One live sequence, and its requests that are not answered."""
 
-    def __init__(self, table: SequenceTable, key: Key, plan: InferPlan, terms: Terms, now: float) -> None:
-        """Open a session. Raises Exhausted."""
+    def __init__(
+        self, table: SequenceTable, key: Key, plan: InferPlan, terms: Terms, open_session: OpenSession, now: float
+    ) -> None:
+        """Open a session, or take over one that is live. Raises what open_session does."""
         self.key = key
         self.plan = plan
         self._table = table
         self._link = Link(self._on_event, plan.all_outputs)
-        handle, _, _ = plan.lane.open(self._link, terms, now)
+        self._line: deque[Inference] = deque()
+        handle, self._sent, _ = open_session(self._link, terms, now)  # position of the next request's first step
         self._session = self._link.sessions[handle]
-        self._sent = 0  # position of the next request's first step
         self.is_ending = False
         """Whether it takes no more requests, and ends once those that wait are answered."""
         self._ends_anyway = False  # even if the request that was to end it is refused
-        self._line: deque[Inference] = deque()
         self.patterns: list[bytes] = []
         """What its requests look like: see repeat.py."""
 
@@ -53,6 +55,11 @@ class Sequence:
     def is_open(self) -> bool:
         """Whether requests find it."""
         return self._table.find(self.key) is self
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its session has ended."""
+        return self._session.state is not SessionState.OPEN
 
     def is_idle(self, since: float) -> bool:
         """Whether nothing waits, and nothing has run since then."""
@@ -89,6 +96,8 @@ class Sequence:
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Answer):
+            if not self._line:  # it was brought along from another worker, which has told that it is lost
+                return
             inference = self._line[0]
             if inference.take(event):
                 self._line.popleft()
@@ -99,8 +108,13 @@ class Sequence:
                 self._lose(event.error)
             else:
                 self._refuse(event)
-        elif not self.is_ending:
-            self._lose(Unavailable(f"sequence {self.key[2]!r} was ended by the server: begin it again"))
+        elif self._line or not self.is_ending:
+            self._lose(
+                Unavailable(
+                    f"sequence {self.key[2]!r} went on over another connection while this request was under way: wait "
+                    "for every answer before you change connections, and begin it again"
+                )
+            )
 
     def _refuse(self, event: StepsFailed) -> None:
         """Some steps were not applied: fail their requests."""
@@ -135,10 +149,9 @@ class SequenceTable:
         self._live: dict[Key, Sequence] = {}
         self._is_sweeping = False
 
-    def begin(self, key: Key, plan: InferPlan, priority: Priority) -> Sequence:
-        """Begin a sequence in place of the one that lives under the key, if one does. Raises Exhausted."""
-        terms = ANONYMOUS if priority is Priority.NORMAL else Terms(priority=priority)
-        sequence = Sequence(self, key, plan, terms, self._engine.clock())
+    def begin(self, key: Key, plan: InferPlan, terms: Terms, open_session: OpenSession) -> Sequence:
+        """Begin a sequence in place of the one that lives under the key, if one does. Raises what open_session does."""
+        sequence = Sequence(self, key, plan, terms, open_session, self._engine.clock())
         for spelling in (key, _other_spelling(key, plan)):
             before = self._live.get(spelling)
             if before is not None and (spelling == key or before.plan is plan):
@@ -155,21 +168,23 @@ class SequenceTable:
         sequence = self._live.get(key)
         return None if sequence is None or sequence.is_ending else sequence
 
-    def find_spelled(self, key: Key, plan: InferPlan) -> Sequence:
-        """Find a sequence of a model version that may have been begun with its other spelling.
+    def find_spelled(self, key: Key, plan: InferPlan) -> Sequence | None:
+        """Find a sequence of a model version that may have been begun with its other spelling."""
+        for spelling in (key, _other_spelling(key, plan)):
+            sequence = self.find(spelling)
+            if sequence is not None and sequence.plan is plan:
+                return sequence
+        return None
 
-        Raises SessionNotFound.
-        """
-        sequence = self.find(_other_spelling(key, plan))
-        if sequence is None or sequence.plan is not plan:
-            limit_s = self._engine.settings.sequence_idle_s
-            idle = f", was without requests for {limit_s:g} s (sequence_idle_s)" if limit_s else ""
-            raise SessionNotFound(
-                f"sequence {key[2]!r} of model {key[0]!r} is not live: it was never begun, has ended{idle}, or lives "
-                "on another server; send its first request with sequence_start=true",
-                field="parameters.sequence_id",
-            )
-        return sequence
+    def missing(self, key: Key) -> SessionNotFound:
+        """Say that there is no such sequence, and what to do."""
+        limit_s = self._engine.settings.sequence_idle_s
+        idle = f", was without requests for {limit_s:g} s (sequence_idle_s)" if limit_s else ""
+        return SessionNotFound(
+            f"sequence {key[2]!r} of model {key[0]!r} is not live: it was never begun, has ended{idle}, or lives on "
+            "another server; send its first request with sequence_start=true",
+            field="parameters.sequence_id",
+        )
 
     def leave(self, sequence: Sequence) -> None:
         """Forget a sequence."""

@@ -16,6 +16,7 @@ from service.events import Event, Link
 from service.pb.inference import inference_pb2 as pb
 from service.pb.inference import inference_pb2_grpc as pb_grpc
 from service.rpc.catalog import Catalog
+from service.rpc.handoff import Handoff
 from service.rpc.oip.describe import EXTENSIONS, config_of, index_of, metadata_of
 from service.rpc.oip.desk import Desk
 from service.rpc.oip.inference import Inference
@@ -40,10 +41,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     """Maps requests to the engine and results to responses."""
 
-    def __init__(self, engine: Engine, catalog: Catalog) -> None:
+    def __init__(self, engine: Engine, catalog: Catalog, handoff: Handoff | None = None) -> None:
         self._engine = engine
         self._catalog = catalog
-        self.desk = Desk(engine)
+        self.desk = Desk(engine, handoff)
         """Where its requests come in."""
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
