@@ -16,6 +16,7 @@ import click
 
 from models.dataflags import data_options
 from models.errors import DataError, MissingExtra, ModelsError, RecipeError, UnknownTask
+from models.options import PRESETS
 from models.quantization import MAX_DROP, QuantizedForm
 from models.recipe import Recipe
 from models.spec import Spec
@@ -70,6 +71,11 @@ def _kind(annotation: Any) -> Any:
 )
 @data_options
 @recipe_options
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="Options as they once were by default, where no flag says otherwise: keras2, as Keras 2 had them.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/TASK-CELL]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, as if it had never been interrupted.")
 @click.option("--tensorboard", metavar="DIR", type=click.Path(path_type=Path), help="Log for TensorBoard too.")
@@ -81,6 +87,7 @@ def train(
     out: Path | None,
     resume: bool,
     tensorboard: Path | None,
+    preset: str | None,
     **settings: Any,
 ) -> None:
     """Train a net on TASK, or on a data file of your own, and write a run's directory.
@@ -94,6 +101,7 @@ def train(
         from models.train import train as run_training
 
     given = {name: value for name, value in settings.items() if value is not None}
+    given = dict(PRESETS.get(preset or "", {})) | given
     if resume and (out is None or config is not None):
         raise RecipeError("--resume goes on with the run in --out, by its own run.toml: give --out, and no --config")
     made_from = Run(out).config() if resume and out else RunConfig.read(config) if config else None

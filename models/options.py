@@ -166,7 +166,7 @@ def _term(text: str, known: Mapping[str, Signature], kind: str) -> Term:
     names = list(values)
     shown = (f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items())
     example = f"{name}={':'.join(shown)}"
-    takes = f"write it as in {name}={example}" if names else "it takes nothing"
+    takes = f"write it as in {example}" if names else "it takes nothing"
     for place, part in enumerate(rest.split(":") if has_values else ()):
         key, is_named, value = part.partition("=")
         if not is_named:
