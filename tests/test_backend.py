@@ -209,7 +209,7 @@ def without_next_state(file):
     ("change", "message"),
     [
         (without_spec, "no 'rnnserve.spec' in the file's metadata: export it with `rnnserve export`"),
-        (with_spec("{}"), r"the spec in the file's metadata is not valid: cell: Field required"),
+        (with_spec("{}"), r"the spec in the file's metadata is not valid: topology: Field required"),
         (with_spec("hm"), r"the spec in the file's metadata is not valid: spec: Invalid JSON"),
         (without_next_state, r"not what its spec says: outputs \['state.0.h.next'\] are missing"),
         (fixed(0, 0), r"x is tensor\(float\) \[5, 'time', 3\], spec float32 \['batch', 'time', 3\]"),
