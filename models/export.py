@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 from torch import nn
 
-from models.errors import DataError, ExportError, RunError
+from models.errors import ConversionError, DataError, ExportError, ParityError, RunError
 from models.graphs import GraphModule, to_onnx
 from models.importers.torch_module import Example, as_graph
 from models.int8 import Speed, quantize_files, speeds
@@ -130,13 +130,21 @@ def export(
     part = as_graph(module, example, lengths=lengths, output_names=output_names, units=units, labels=labels)
     is_per_step = any(output.layout is Layout.PER_STEP and not output.description for output in part.spec.outputs)
     described = type(module).__name__
-    return export_model(
-        [part],
-        topology="many-to-many" if is_per_step else "many-to-one",
-        training=training or Training(task=name or described, data_set=f"not recorded: the torch module {described}"),
-        num_parameters=sum(each.numel() for each in module.parameters()),
-        labels=tuple(labels),
-    )
+    training = training or Training(task=name or described, data_set=f"not recorded: the torch module {described}")
+    try:
+        return export_model(
+            [part],
+            topology="many-to-many" if is_per_step else "many-to-one",
+            training=training
+            or Training(task=name or described, data_set=f"not recorded: the torch module {described}"),
+            num_parameters=sum(each.numel() for each in module.parameters()),
+            labels=tuple(labels),
+        )
+    except ParityError:
+        raise
+    except ExportError as error:
+        hint = "a graph cannot follow tensors that become numbers, by if, .item(), .tolist() or x[:, :lengths.max()]"
+        raise ConversionError(f"{error}; {hint}: index and mask with tensors, over the whole time axis") from error
 
 
 def export_net(net: Net, task: AnyTask, training: Training) -> tuple[Files, Spec]:

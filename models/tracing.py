@@ -40,7 +40,7 @@ def trace(
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx.export failed: {str(error).splitlines()[0]}") from error
+        raise ExportError(f"torch.onnx.export failed: {_why(error)}") from error
     if program is None:
         raise ExportError("torch.onnx.export made nothing")
     return program.model_proto
@@ -52,6 +52,13 @@ def strip(graph: onnx.GraphProto) -> None:
     for message in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         message.ClearField("metadata_props")
         message.ClearField("doc_string")
+
+
+def _why(error: BaseException) -> str:
+    """Say in a line what went wrong: the exporter's own errors are lists of advice around what caused them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextmanager

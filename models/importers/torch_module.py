@@ -279,7 +279,7 @@ def _read(module: nn.Module, example: Example, lengths: str) -> tuple[Plan, list
             first.add(x.shape[0] == rows)
             inputs.append(x if x.shape[0] == rows else x.transpose(0, 1))
             layouts.append(Layout.PER_STEP)
-        elif x.shape[:1] == (rows,) and (x.ndim > 1 or x.is_floating_point()):
+        elif x.shape[:1] == (rows,) and (x.ndim > 1 or x.is_floating_point() or lengths in given):
             inputs.append(x)
             layouts.append(Layout.PER_SEQUENCE)
         elif x.shape == (rows,):

@@ -125,6 +125,22 @@ def test_longest_row_fills_the_example():
         export(Around(cut), (X, LENGTHS.clamp(max=5)), lengths="ends")
 
 
+@pytest.mark.parametrize(
+    ("forward", "match"),
+    [
+        (
+            lambda self, x, _: self.gru(x)[0] * (2 if x.mean() > 9 else 3),
+            "Could not guard on data-dependent expression",
+        ),
+        (lambda self, x, ends: self.gru(x)[0][:, : ends.max()], "y: axis time came out as"),
+    ],
+)
+def test_tensors_that_become_numbers_are_told_of(forward, match, capfd):
+    with pytest.raises(ConversionError, match=f"{match}.*index and mask with tensors") as caught:
+        export(Around(forward), (X, LENGTHS), lengths="ends")
+    assert "\x1b" not in str(caught.value)
+
+
 def test_labels_have_to_fit():
     with pytest.raises(ConversionError, match=r"2 labels, where the answers are \[\[3\]\]"):
         export(LastStep(), X.transpose(0, 1), labels=["a", "b"])

@@ -130,6 +130,12 @@ OPTIONS = {
         layers.GRU(4, activation="relu", use_bias=False, return_sequences=True),
         layers.SimpleRNN(4, activation=None, use_bias=False, unroll=False),
     ),
+    "decomposed": lambda: sequential(
+        layers.Bidirectional(layers.GRU(4, activation="gelu", return_sequences=True)),
+        layers.LSTM(4, recurrent_activation="silu"),
+        layers.RepeatVector(3),
+        layers.SimpleRNN(3, activation="mish", return_sequences=True),
+    ),
     "bidirectional": lambda: sequential(
         layers.Bidirectional(layers.GRU(4, reset_after=False, return_sequences=True), merge_mode="mul"),
         layers.Bidirectional(
