@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from models.checks import MAX_TOLERANCE, differ, without_padding
+from models.checks import ROUNDED_TOLERANCE, differ, without_padding
 from models.errors import DropError, ExportError, ParityError
 from models.graphs import GraphModule
 from models.quantization import Quantization, QuantizedForm
@@ -170,8 +170,7 @@ def _compare(
     cases: list[Case] = []
     worst = furthest = widest = 0.0
     for case in draw_cases(part, np.random.default_rng(0)):
-        # A state next to the border of two integers falls on either side of it, by a rounding error.
-        tolerance = case.tolerance if form == "weights" else MAX_TOLERANCE
+        tolerance = case.tolerance if form == "weights" else ROUNDED_TOLERANCE
         found = without_padding(graph, runtime(case.inputs), case.lengths)
         expected = answer(case.inputs)
         for name, array in without_padding(graph, expected, case.lengths).items():

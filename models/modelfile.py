@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.checks import MAX_TOLERANCE, TOLERANCE, differ, random_cuts, run_in_chunks, without_padding
+from models.checks import TOLERANCE, differ, random_cuts, run_in_chunks, widest_tolerance, without_padding
 from models.errors import ModelFileError
 from models.runtime import Array, Runtime
 from models.spec import LENGTHS, METADATA_KEY, Golden, GraphSpec, Layout, Spec, SpecError, parse_spec
@@ -123,7 +123,7 @@ class ModelFile:
             output: differ(found[output], array) for output, array in without_padding(graph, expected, lengths).items()
         }
         worst = max(gaps, key=lambda output: gaps[output].scaled)
-        tolerance = min(max(self.spec.parity.tolerance, TOLERANCE), MAX_TOLERANCE)
+        tolerance = min(max(self.spec.parity.tolerance, TOLERANCE), widest_tolerance(self.spec.quantization))
         return Check(name, gaps[worst].scaled, tolerance, f"{worst} at {list(gaps[worst].where)}")
 
 

@@ -44,7 +44,8 @@ def quantization_lines(quantization: Quantization, size: int) -> Iterator[str]:
         "static": "int8 products with fixed scales",
         "dynamic": "int8 products with scales measured over each batch",
     }
-    batch = "exact in a batch" if quantization.is_exact else "neighbours in a batch change each other"
+    exact = "as exact in a batch as float32" if quantization.form == "weights" else "exact in a batch"
+    batch = exact if quantization.is_exact else "neighbours in a batch change each other"
     yield f"{forms[quantization.form]}: {batch}"
     yield from quantization.quantized
     yield from quantization.kept

@@ -90,7 +90,7 @@ class Builder:
     def add(self, operator: str, inputs: Sequence[str], output: str = "", domain: str = "", **given: Any) -> str:
         """Add a node of one output; returns the output's name."""
         name = output or f"{self.prefix}.{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, inputs, [name], f"{name}.node", domain=domain, **given))
+        self.nodes.append(helper.make_node(operator, inputs, [name], name, domain=domain, **given))
         return name
 
     def activate(self, activation: Activation, value: str) -> str:
@@ -102,7 +102,7 @@ class Builder:
         """Add a Split; returns the names of the parts."""
         names = [f"{self.prefix}.{len(self.nodes)}.{number}" for number in range(len(sizes))]
         at = self.constant("x".join(map(str, sizes)), np.array(sizes, np.int64))
-        self.nodes.append(helper.make_node("Split", [value, at], names, f"{names[0]}.node", axis=axis))
+        self.nodes.append(helper.make_node("Split", [value, at], names, names[0], axis=axis))
         return names
 
     def constant(self, name: str, value: Array | np.generic) -> str:
@@ -182,7 +182,8 @@ def _scan(
     if bounded_input:
         projected = outer.product_outside(node.input[0], w.T, bias, name)
     else:
-        product = outer.add("MatMul", [node.input[0], outer.constant(name, np.ascontiguousarray(w.T))])
+        matrix = outer.constant(name, np.ascontiguousarray(w.T))
+        product = outer.add("MatMul", [node.input[0], matrix], f"{outer.prefix}.input{direction}")
         projected = outer.add("Add", [product, outer.constant(f"{name}.bias", bias)])
     number = outer.constant(f"direction{direction}", np.int64(direction))
     kinds = ["h", "c"] if cell == "LSTM" else ["h"]
