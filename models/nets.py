@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.activations import NON_NEGATIVE
+from models.convolution import ConvOptions, FrontEnd
 from models.errors import RecipeError
 from models.graphs import Draw, GraphModule, draw_like
 from models.layers import STATES, Recurrent
@@ -44,6 +45,8 @@ class NetConfig:
     """Recurrent layers, one on the other."""
     bidirectional: bool = False
     """Whether layers also read the sequence from its end."""
+    conv: ConvOptions | None = None
+    """A causal convolution before the recurrent layers."""
     options: LayerOptions = field(default_factory=LayerOptions)
     """Options of every recurrent layer."""
     output_dropout: float = 0.0
@@ -78,6 +81,9 @@ class RecurrentNet(nn.Module):
         super().__init__()
         self.config = config
         width = config.inputs
+        self.conv = FrontEnd(width, config.conv) if config.conv else None
+        if config.conv:
+            width = config.conv.filters
         self.layers = nn.ModuleList()
         for _ in range(config.layers):
             layer = Recurrent(
@@ -101,12 +107,18 @@ class RecurrentNet(nn.Module):
     @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the states, in the order that `forward` takes and returns them."""
-        kinds = STATES[self.config.cell]
-        return tuple(f"state.{layer}.{kind}" for layer in range(self.config.layers) for kind in kinds)
+        return tuple(state.name for state in self.state_specs)
+
+    @property
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """The states, that of the convolution before those of the recurrent layers."""
+        names = (f"state.{layer}.{kind}" for layer in range(self.config.layers) for kind in STATES[self.config.cell])
+        recurrent = [StateSpec(name=name, next_name=f"{name}.next", row_shape=self.state_shape) for name in names]
+        return (*([self.conv.spec] if self.conv else []), *recurrent)
 
     @property
     def state_shape(self) -> tuple[int, int]:
-        """(directions, hidden) of every state."""
+        """(directions, hidden) of every state of a recurrent layer."""
         return (2 if self.config.bidirectional else 1, self.config.hidden)
 
     @property
@@ -119,13 +131,17 @@ class RecurrentNet(nn.Module):
 
         x        [batch, time, features] float32, raw units
         lengths  [batch] int32, from 1 to time
-        states   in the order of state_names, each [batch, directions, hidden]
+        states   in the order of state_specs, each [batch, *row shape]
         Returns (y, *next states): y is [batch, time, outputs], or [batch, outputs] where config.is_per_sequence.
         """
         raw = x.transpose(0, 1)
         steps = self._scaled(raw)
         per_layer = len(STATES[self.config.cell])
         following: list[Tensor] = []
+        if self.conv is not None:
+            past, states = states[0], states[1:]
+            steps, kept = self.conv(steps, lengths, past)
+            following.append(kept)
         last: tuple[Tensor, ...] = ()
         for number, layer in enumerate(self.recurrent):
             steps, last = layer(steps, lengths, states[number * per_layer : (number + 1) * per_layer])
@@ -144,6 +160,8 @@ class RecurrentNet(nn.Module):
         """
         raw = x.transpose(0, 1)
         steps = self._scaled(raw)
+        if self.conv is not None:
+            steps, _ = self.conv(steps, lengths)
         *below, top = self.recurrent
         for layer in below:
             steps = self.dropout(layer.outputs(steps, lengths))
@@ -156,12 +174,13 @@ class RecurrentNet(nn.Module):
     def for_export(self) -> RecurrentNet:
         """Copy the net with the scaling folded into its weights, ready for torch.onnx.export.
 
-        Features far from zero for their spread (FOLD_LIMIT), and layers without biases, keep their scaling as nodes of
-        the graph. The copy rounds differently from the net it came from; the export gate compares it with that net.
+        Features far from zero for their spread (FOLD_LIMIT), layers without biases, and a convolution, before whose
+        first step come zeros that stand for the mean, keep their scaling as nodes of the graph. The copy rounds
+        differently from the net it came from; the export gate compares it with that net.
         """
         net = copy.deepcopy(self).cpu().eval()
         mean, scale = self.input_mean.cpu().numpy(), self.input_scale.cpu().numpy()
-        if net.recurrent[0].can_absorb and np.abs(mean / scale).max() <= FOLD_LIMIT:
+        if net.conv is None and net.recurrent[0].can_absorb and np.abs(mean / scale).max() <= FOLD_LIMIT:
             net.recurrent[0].absorb(mean, scale)
             net.scales_input = False
         if net.scales_output:
@@ -193,9 +212,7 @@ class RecurrentNet(nn.Module):
             fixed_steps=config.options.unroll or None,
             inputs=task.inputs,
             outputs=(task.output.model_copy(update={"layout": layout}),),
-            states=tuple(
-                StateSpec(name=name, next_name=f"{name}.next", row_shape=self.state_shape) for name in self.state_names
-            ),
+            states=self.state_specs,
         )
 
     def draw(self, num_features: int) -> Draw:
@@ -231,6 +248,7 @@ def build(task: Task, recipe: Recipe) -> RecurrentNet:
         hidden=recipe.hidden,
         layers=recipe.layers,
         bidirectional=recipe.bidirectional,
+        conv=_conv(recipe),
         options=recipe.options,
         output_dropout=recipe.output_dropout,
         is_classifier=task.is_classification,
@@ -238,3 +256,14 @@ def build(task: Task, recipe: Recipe) -> RecurrentNet:
         changes_of=task.changes_of,
     )
     return RecurrentNet(config, task.scaling())
+
+
+def _conv(recipe: Recipe) -> ConvOptions | None:
+    if not recipe.conv_filters:
+        return None
+    return ConvOptions(
+        filters=recipe.conv_filters,
+        kernel_size=recipe.conv_kernel_size,
+        dilation=recipe.conv_dilation,
+        activation=recipe.conv_activation,
+    )

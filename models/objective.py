@@ -78,7 +78,7 @@ def _check(task: AnyTask, recipe: Recipe) -> None:
         return
     if recipe.bidirectional and not reads_source:
         raise RecipeError(f"{task.name} cannot be bidirectional: its steps are made one after another")
-    if unused := [name for name in ("go_backwards", "unroll") if getattr(recipe, name)]:
+    if unused := [name for name in ("conv_filters", "go_backwards", "unroll") if getattr(recipe, name)]:
         raise RecipeError(f"{unused[0]} does not go with {task.name}: its steps are made one after another")
     if unused := [name for name in ("noise", "shift", "step_loss") if getattr(recipe, name)]:
         raise RecipeError(f"{unused[0]} is for tasks whose every step is given, and {task.name} generates its own")

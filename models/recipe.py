@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from models.errors import RecipeError
-from models.options import LayerOptions
+from models.options import Activation, LayerOptions
 from models.spec import Cell, Positive
 
 Schedule = Literal["constant", "cosine", "plateau", "onecycle"]
@@ -26,6 +26,14 @@ class Recipe(LayerOptions):
     """Recurrent layers, one on the other."""
     bidirectional: bool = False
     """Layers also read the sequence from its end; such a model cannot answer before it."""
+    conv_filters: int = Field(0, ge=0)
+    """Features of a causal convolution before the recurrent layers, over each step and those before it; 0: none."""
+    conv_kernel_size: int = Field(3, ge=2)
+    """Steps that the convolution sees, the present one among them."""
+    conv_dilation: Positive = 1
+    """Distance between the steps that the convolution sees."""
+    conv_activation: Activation = "relu"
+    """Activation of the convolution."""
     embedding: int = Field(0, ge=0)
     """Width of the vectors that ids become, where a task is made of them; 0 where it is not."""
     attention: bool = False

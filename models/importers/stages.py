@@ -11,6 +11,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from models.convolution import convolve, num_past
 from models.layers import STATES, Recurrent
 from models.spec import LayerSpec, StateSpec
 
@@ -185,7 +186,7 @@ class CausalConv(OverTime):
     def __init__(self, conv: nn.Conv1d) -> None:
         super().__init__()
         self.conv = conv
-        self.num_past = conv.dilation[0] * (conv.kernel_size[0] - 1)
+        self.num_past = num_past(conv)
 
     def states_numbered(self, first: int) -> list[StateSpec]:
         """Describe its state, the past steps."""
@@ -195,11 +196,7 @@ class CausalConv(OverTime):
     def forward(self, x: Tensor, lengths: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Convolve; x [time, batch, channels], the state [batch, past steps, channels]."""
         (past,) = states
-        steps = torch.cat([past, x.transpose(0, 1)], dim=1)
-        y = self.conv(steps.transpose(1, 2)).permute(2, 0, 1)
-        # A row's last real step is at num_past + its length - 1.
-        last = lengths.long()[:, None] + torch.arange(self.num_past, device=x.device)
-        kept = steps.gather(1, last[:, :, None].expand(-1, -1, steps.shape[2]))
+        y, kept = convolve(self.conv, x, lengths, past)
         return y, (kept,)
 
 
