@@ -16,7 +16,8 @@ from torch import nn
 
 from models.errors import ConversionError, DataError, ExportError, ParityError, RunError
 from models.graphs import GraphModule, to_onnx
-from models.importers.torch_module import Example, as_graph
+from models.importers.torch_module import as_graph
+from models.importers.torch_probe import Example
 from models.int8 import Speed, quantize_files, speeds
 from models.objective import Net
 from models.quantization import MAX_DROP, QuantizedForm, quantization_lines

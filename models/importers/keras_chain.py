@@ -121,7 +121,7 @@ def _layers_of(node: Json, place: str) -> Iterable[KerasLayer]:
         placed.append((each, f"{place}layers/{key}{suffix}"))
     ordered = placed if model.class_name == "Sequential" else _chain(model, placed)
     for number, (each, where) in enumerate(ordered):
-        if each.get("class_name") in _MODELS:
+        if isinstance(each, dict) and each.get("class_name") in _MODELS:
             yield from _layers_of(each, f"{where}/")
             continue
         layer = read_layer(each, where)
@@ -133,7 +133,7 @@ def _layers_of(node: Json, place: str) -> Iterable[KerasLayer]:
 
 def _chain(model: KerasLayer, placed: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
     """Order the layers of a functional model from its input to its output."""
-    by_name = {each.get("name"): (each, where) for each, where in placed if isinstance(each, dict)}
+    by_name = {str(each.get("name")): (each, where) for each, where in placed if isinstance(each, dict)}
     name: Any = _only(model, "output_layers")
     first = _only(model, "input_layers")
     backwards: list[tuple[Any, str]] = []
@@ -147,7 +147,7 @@ def _chain(model: KerasLayer, placed: list[tuple[Any, str]]) -> list[tuple[Any, 
         if name == first:
             break
         name = _source(model, each, name)
-    in_chain = {each["name"] for each, _ in backwards}
+    in_chain = {str(each["name"]) for each, _ in backwards}
     for name, (each, _) in by_name.items():
         if name not in in_chain and each.get("class_name") not in _MASK_NODES:
             raise model.refuse(f"layer {name!r} ({each.get('class_name')}) is not on the one path from input to output")
@@ -173,7 +173,9 @@ def _source(model: KerasLayer, node: Json, name: str) -> str:
     if not isinstance(calls, list) or len(calls) != 1 or not isinstance(calls[0], dict):
         number = len(calls) if isinstance(calls, list) else 0
         raise model.refuse(f"{about} is called {number} times: give each call a layer of its own")
-    arguments, options = calls[0].get("args", []), calls[0].get("kwargs", {})
+    arguments, options = calls[0].get("args"), calls[0].get("kwargs")
+    if not isinstance(options, dict):
+        raise model.refuse(f"{about} is called with {options!r:.60} as its options")
     if options.get("training"):
         raise model.refuse(f"{about} is called with training=True, which makes answers random: leave it out")
     tensors = list(_tensors([arguments, {key: value for key, value in options.items() if key != "mask"}]))

@@ -15,7 +15,17 @@ from models.importers.activations import from_keras as activation_from_keras
 from models.importers.keras_chain import KerasLayer
 from models.importers.keras_file import Array, KerasFile
 from models.importers.recurrent import KerasWeights, recurrent_from_keras
-from models.importers.stages import CausalConv, RecurrentStage, Repeat, Reshape, Unroll, Window
+from models.importers.stages import (
+    Affine,
+    CausalConv,
+    Pointwise,
+    PReLU,
+    RecurrentStage,
+    Repeat,
+    Reshape,
+    Unroll,
+    Window,
+)
 
 MAX_WINDOW = 10_000
 """Most rows of a RepeatVector."""
@@ -299,50 +309,6 @@ class Builder:
             raise layer.refuse(f"{form.row} cannot take the shape {shape}")
         self.form = replace(form, row=row)
         return [Reshape(len(form.row), row)]
-
-
-class Affine(nn.Module):
-    """(x - shift) * factor + offset, for each feature."""
-
-    shift: Tensor
-    factor: Tensor
-    offset: Tensor
-
-    def __init__(self, shift: Tensor, factor: Tensor, offset: Tensor) -> None:
-        super().__init__()
-        for name, value in (("shift", shift), ("factor", factor), ("offset", offset)):
-            self.register_buffer(name, value.float())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take [..., features]."""
-        return (x - self.shift) * self.factor + self.offset
-
-
-class PReLU(nn.Module):
-    """x where it is positive, else slope * x. Source: keras.layers.PReLU."""
-
-    slope: Tensor
-
-    def __init__(self, slope: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("slope", slope)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take [..., *row]."""
-        return x.clamp(min=0) + self.slope * x.clamp(max=0)
-
-
-class Pointwise(nn.Module):
-    """A convolution that sees one step, as the product it is."""
-
-    def __init__(self, conv: nn.Conv1d) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Take [time, batch, channels]."""
-        y: Tensor = self.conv(x.permute(1, 2, 0))
-        return y.permute(2, 0, 1)
 
 
 def _is_final(layer: KerasLayer) -> bool:

@@ -14,8 +14,9 @@ from models.layers import Recurrent
 from models.options import LayerOptions
 from models.spec import Cell
 
+_FLAGS = ("use_bias", "reset_after", "go_backwards")
+_ACTIVATIONS = {"activation": "tanh", "recurrent_activation": "sigmoid"}
 # Gates of Keras' columns in the order of torch's rows. Keras: LSTM i f c o, GRU z r h. torch: i f g o, r z n.
-_OPTIONS = ("activation", "recurrent_activation", "use_bias", "reset_after", "go_backwards")
 _FROM_KERAS: dict[Cell, tuple[int, ...]] = {"rnn": (0,), "lstm": (0, 1, 2, 3), "gru": (1, 0, 2)}
 
 
@@ -36,12 +37,12 @@ def recurrent_from_keras(layer: KerasLayer, cell: Cell, *weights: KerasWeights) 
 
     Raises ConversionError for options that ours does not have.
     """
-    asked = {name: layer.config[name] for name in _OPTIONS if name in layer.config}
-    activations = {name: value for name, value in asked.items() if name.endswith("activation")}
-    for name, value in activations.items():
-        # Whatever is no name is a function or a layer of its own.
-        asked[name] = "linear" if value is None else value if isinstance(value, str) else "?"
-        if asked[name] not in ACTIVATIONS:
+    asked: dict[str, object] = {name: layer.is_set(name) for name in _FLAGS if name in layer.config}
+    for name in _ACTIVATIONS:
+        # None is linear; whatever is no name is a function or a layer of its own.
+        value = layer.config.get(name, _ACTIVATIONS[name])
+        asked[name] = "linear" if value is None else value
+        if not isinstance(asked[name], str) or asked[name] not in ACTIVATIONS:
             raise layer.refuse(f"{name}={value!r:.80} is not converted; use one of {', '.join(ACTIVATIONS)}")
     inputs, hidden = len(weights[0].kernel), len(weights[0].recurrent)
     options = LayerOptions.model_validate({"kernel_initializer": "zeros", "recurrent_initializer": "zeros"} | asked)

@@ -18,6 +18,9 @@ from models.spec import Cell, LayerSpec, StateSpec
 
 _CELLS: dict[type[nn.RNNBase], Cell] = {nn.RNN: "rnn", nn.LSTM: "lstm", nn.GRU: "gru"}
 
+_READ = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+"""What a forward may ask a layer, to make its first states."""
+
 States = tuple[Tensor, ...]
 
 
@@ -106,7 +109,9 @@ class Carried:
 
 
 class Replaced(nn.Module):
-    """Our layers, one on the other, with the call of the torch layer that they stand for."""
+    """Our layers, one on the other, called and asked as the torch layer that they stand for is."""
+
+    batch_first: bool
 
     def __init__(self, layer: nn.RNNBase, *, folds: bool, repeats: bool) -> None:
         """Copy a layer's weights.
@@ -116,7 +121,8 @@ class Replaced(nn.Module):
         """
         super().__init__()
         cell = _CELLS[type(layer)]
-        self.batch_first = layer.batch_first
+        for name in _READ:
+            setattr(self, name, getattr(layer, name))
         self.folds = folds
         self.repeats = repeats
         self.carried: Carried | None = None
@@ -128,6 +134,9 @@ class Replaced(nn.Module):
     def recurrent(self) -> list[Recurrent]:
         """The layers, first to last."""
         return [layer for layer in self.layers if isinstance(layer, Recurrent)]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing; torch's layer puts its weights together for a GPU."""
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002, ARG002  torch's
         """Answer as torch's layer does; states come from `carried`, whatever hx says, and go there."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,8 @@ from keras import layers
 
 from models.errors import ConversionError, ForeignFileError
 from models.importers.cli import import_
-from models.importers.keras_model import Names, import_keras
+from models.importers.keras_file import KerasFile
+from models.importers.keras_model import Names, convert, import_keras
 from tests.models.keras_models import functional, saved, sequential
 
 
@@ -265,3 +267,34 @@ def test_command_reads_what_ids_stand_for(tmp_path):
     assert CliRunner().invoke(import_, [*arguments, str(words)]).exit_code == 0
     done = CliRunner().invoke(import_, [*arguments, str(tmp_path / "absent.txt")])
     assert (done.exit_code, done.stderr.count("absent.txt")) == (1, 1)
+
+
+def places(value, path=()):
+    """Where everything is in JSON."""
+    yield path
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(each, (*path, key))
+
+
+def test_config_that_is_changed_anywhere_is_converted_or_refused(tmp_path):
+    first = keras.Input((None, 4))
+    side = layers.Bidirectional(layers.GRU(3, return_sequences=True))
+    stack = [layers.Masking(), side, layers.LSTM(3), layers.RepeatVector(4), layers.SimpleRNN(3, return_sequences=True)]
+    tail = [layers.TimeDistributed(layers.Dense(2)), layers.LeakyReLU(), layers.BatchNormalization()]
+    junk = (None, True, -1, 0, 3, 1e300, "x", "", [], {}, [1, 2], ["a", 0, 0], {"class_name": "GRU"})
+    file = KerasFile(saved(functional(first, *stack, *tail), tmp_path))
+    text = json.dumps(file.config)
+    at = [path for path in places(file.config) if path]
+    refusals = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        file.config = changed = json.loads(text)
+        *way, last = rng.choice(at)
+        for key in way:
+            changed = changed[key]
+        changed[last] = rng.choice(junk)
+        try:
+            convert(file, Names())
+        except ConversionError:
+            refusals += 1
+    assert 50 < refusals < 150

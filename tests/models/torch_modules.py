@@ -30,7 +30,8 @@ class LastStep(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
-        h0 = torch.zeros(2, x.size(1), 4)
+        self.lstm.flatten_parameters()
+        h0 = torch.zeros(self.lstm.num_layers, x.size(1), self.lstm.hidden_size)
         out, _ = self.lstm(x, (h0, torch.zeros_like(h0)))
         return self.head(out[-1]).softmax(-1)
 
