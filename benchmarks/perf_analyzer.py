@@ -29,6 +29,7 @@ STREAMS = (1, 16, 64, 128)
 COMPARED = (16, 64)
 """Numbers of streams at which a peer is compared."""
 WINDOWS = 3
+"""That the tester measures, mostly."""
 SEQUENCES = (
     *("--sequence-length", str(STEPS), "--sequence-length-variation", "0"),
     *("--sequence-id-range", "1:1000000000"),
@@ -70,14 +71,14 @@ def analyze(server: Process, model: str, shape: str, concurrency: int, seconds: 
         report = Path(folder, "report.csv")
         command = [
             *(PROGRAM, "-m", model, "--service-kind", "triton", "-i", "grpc", "-u", server.target, "-f", report),
-            *("--concurrency-range", str(concurrency), "-p", str(int(1000 * seconds)), "-r", str(WINDOWS)),
-            *("-s", "999"),  # however unsteady it is
+            *("--concurrency-range", str(concurrency), "-p", str(int(1000 * seconds))),
+            *("-s", "999", "-r", str(4 * WINDOWS)),  # however unsteady it is, unless a window saw nothing at all
             *("--input-data", "zero"),  # its random bytes are NaN now and then, which is refused
             *(("--shape", f"x:{shape}") if shape else ()),
             *flags,
         ]
         before, cpu_before = _statistics(server, model), server.cpu_s()
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30 + 10 * seconds)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60 + 20 * seconds)
         cpu_s, after = server.cpu_s() - cpu_before, _statistics(server, model)
         if done.returncode or "error" in (done.stdout + done.stderr).lower():
             raise RuntimeError(f"perf_analyzer: {done.stdout[-2000:]}{done.stderr[-2000:]}")
