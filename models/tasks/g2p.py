@@ -28,6 +28,8 @@ MAX_PHONEMES = 32
 LETTERS = ("", *string.ascii_lowercase)
 """What an id of the source stands for; 0 is any other character."""
 _PARTS, _TEST_PARTS = 50, 5
+_UNIFORM = "random_uniform=-0.0625:0.0625"
+"""How torch begins with layers of 256 units: one over the square root of them, either way."""
 
 
 def task() -> TransductionTask:
@@ -94,6 +96,9 @@ def task() -> TransductionTask:
             embedding=64,
             bidirectional=True,
             attention=True,
+            kernel_initializer=_UNIFORM,
+            recurrent_initializer=_UNIFORM,
+            bias_initializer=_UNIFORM,
             output_dropout=0.15,
             epochs=7,
             patience=7,
