@@ -118,6 +118,7 @@ def score(content: bytes, spec: Spec, task: Task, split: Split, *, alone: bool =
         columns = [pad([split.inputs[number] for number in numbers])] if task.input else []
         if split.ids:
             columns += list(np.moveaxis(pad([split.ids[number] for number in numbers]), -1, 0))
+        columns = [_to_fixed(each, graph) for each in columns]
         feeds = dict(zip((tensor.name for tensor in graph.inputs), columns, strict=True)) | {LENGTHS: lengths}
         feeds |= {state.name: np.zeros((len(lengths), *state.row_shape), state.dtype) for state in graph.states}
         y = runtime(feeds)[graph.outputs[0].name]
@@ -127,6 +128,12 @@ def score(content: bytes, spec: Spec, task: Task, split: Split, *, alone: bool =
             pairs = zip(y, lengths.tolist(), strict=True)
             answers += [row[length - 1] if task.one_answer else row[:length] for row, length in pairs]
     return task.judge(split, answers)
+
+
+def _to_fixed(steps: Array, graph: GraphSpec) -> Array:
+    """Pad [batch, time, ...] to the steps that an unrolled graph takes."""
+    missing = (graph.fixed_steps or steps.shape[1]) - steps.shape[1]
+    return np.pad(steps, [(0, 0), (0, missing), *[(0, 0)] * (steps.ndim - 2)])
 
 
 def check_drop(before: Mapping[str, float], after: Mapping[str, float], max_drop: float, form: str) -> None:

@@ -209,6 +209,18 @@ def test_answers_once_a_sequence_are_scored():
     assert score(files[MODEL_FILE], spec, task, task.train)["accuracy"] == evaluate(net, task, task.train)["accuracy"]
 
 
+def test_unrolled_graphs_are_scored():
+    task = make_task()
+    net = make_net(task, unroll=8)
+    files, spec = export_net(net, task, TRAINING)
+    assert spec.graph.fixed_steps == 8
+    _, told = models.int8.quantize_files(files, spec, net.graphs(task), task, "weights", 1.0)
+    assert told.quantization.before["accuracy"] == evaluate(net, task, task.test)["accuracy"]
+    assert told.graph.operators["Cast"] >= 1
+    with pytest.raises(ExportError, match=r"it has no recurrent operator\. Use --int8 weights"):
+        models.int8.quantize_files(files, spec, net.graphs(task), task, "static", 1.0)
+
+
 def test_data_of_ones_own_are_read_again(tmp_path):
     task = own_task(tmp_path, shops(), shop_settings("sold"))
     run = train(task, Recipe(hidden=12, epochs=2), tmp_path / "run", show_progress=False).run
