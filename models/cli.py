@@ -74,7 +74,7 @@ def _kind(annotation: Any) -> Any:
 @click.option(
     "--preset",
     type=click.Choice(list(PRESETS)),
-    help="Options as they once were by default, where no flag says otherwise: keras2, as Keras 2 had them.",
+    help="Options to begin with, where no flag says otherwise: as Keras 2 had them, or weights as torch draws them.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/TASK-CELL]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, as if it had never been interrupted.")

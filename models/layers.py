@@ -233,6 +233,8 @@ class Recurrent(nn.Module):
         kernel = parse_initializer(options.kernel_initializer)
         recurrent = parse_initializer(options.recurrent_initializer)
         bias = parse_bias_initializer(options.bias_initializer)
+        if {kernel.name, recurrent.name, bias.name} == {"torch"}:
+            return  # they are torch's already: the same seed gives the weights that torch.nn begins with
         with torch.no_grad():
             for number in range(self.directions):
                 for name, term in (("weight_ih", kernel), ("weight_hh", recurrent)):

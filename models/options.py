@@ -90,9 +90,10 @@ CONSTRAINTS: Mapping[str, Signature] = {
 }
 """Norms are along an axis of Keras' weights: 0 gives every unit of every gate a norm of its own."""
 PRESETS: Mapping[str, Mapping[str, str | bool]] = {
+    "torch": {f"{name}_initializer": "torch" for name in ("kernel", "recurrent", "bias")},
     "keras2": {"recurrent_activation": "hard_sigmoid_v2", "reset_after": False},
 }
-"""Options that differ from the defaults, by name: keras2 is what Keras 2 with its first GRU and LSTM had."""
+"""Options that differ from the defaults, by name: torch begins as torch.nn does, keras2 is as Keras 2 was."""
 
 _CHOICES = {
     "mode": ("fan_in", "fan_out", "fan_avg"),

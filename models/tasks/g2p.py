@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from models.options import PRESETS
 from models.recipe import Recipe
 from models.spec import Generation, Layout, TensorSpec
 from models.tasks.base import Array, read
@@ -107,7 +108,7 @@ def task() -> TransductionTask:
             warmup=1,
             batch_size=256,
             precision="bf16-mixed",
-        ),
+        ).changed(**PRESETS["torch"]),
     )
 
 

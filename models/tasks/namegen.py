@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from models.options import PRESETS
 from models.recipe import Recipe
 from models.spec import Generation, Layout, TensorSpec
 from models.tasks.base import Array, read
@@ -64,7 +65,7 @@ def task() -> TextTask:
             batch_size=32,
             lr=3e-3,
             schedule="cosine",
-        ),
+        ).changed(**PRESETS["torch"]),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from models.options import PRESETS
 from models.recipe import Recipe
 from models.tasks.base import Array, Split, Task, per_step, read
 
@@ -49,7 +50,9 @@ def task() -> Task:
         train=_pick(train, ~held_out),
         validation=_pick(train, held_out),
         test=test,
-        recipe=Recipe(noise=0.3, shift=0.5, step_loss=0.3, lr=6e-3, epochs=120, patience=30),
+        recipe=Recipe(noise=0.3, shift=0.5, step_loss=0.3, lr=6e-3, epochs=120, patience=30).changed(
+            **PRESETS["torch"]
+        ),
     )
 
 

@@ -74,6 +74,15 @@ def test_torch_biases_are_both_trained():
     assert layer_of("lstm", bias_initializer="torch").rnn.bias_hh_l0.requires_grad
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_torch_initializers_begin_with_the_weights_of_torch_itself(cell):
+    layer = layer_of(cell, **{f"{name}_initializer": "torch" for name in ("kernel", "recurrent", "bias")})
+    torch.manual_seed(3)
+    plain = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[cell](4, 6)
+    for name, weights in plain.named_parameters():
+        assert torch.equal(layer.rnn.get_parameter(name), weights)
+
+
 # Penalties and constraints
 
 
