@@ -85,6 +85,17 @@ def test_last_step_becomes_a_running_answer(tmp_path):
             np.testing.assert_allclose(found[row, step], expected, atol=1e-6)
 
 
+def test_last_step_of_a_batch_is_each_rows_last(tmp_path):
+    torch.manual_seed(0)
+    module = made.LastStep(bidirectional=True)
+    model = exported(module, made_up(T, B, 3), tmp_path)
+    assert model.spec.graph.outputs[0].layout is Layout.PER_SEQUENCE
+    x, ends = made_up(3, 5, 3), torch.tensor([5, 2, 1])
+    found = run(model, x, ends)["y"]
+    for row, end in enumerate(ends):
+        np.testing.assert_allclose(found[row], module(x[row : row + 1, :end].transpose(0, 1))[0].detach(), atol=1e-6)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_packed_ids_and_last_states(bidirectional, tmp_path):
     torch.manual_seed(0)

@@ -24,14 +24,14 @@ class Tagger(nn.Module):
 class LastStep(nn.Module):
     """The output of the last step, classified; time comes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bidirectional: bool = False) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(3, 4, num_layers=2)
-        self.head = nn.Linear(4, 3)
+        self.lstm = nn.LSTM(3, 4, num_layers=2, bidirectional=bidirectional)
+        self.head = nn.Linear(8 if bidirectional else 4, 3)
 
     def forward(self, x):
         self.lstm.flatten_parameters()
-        h0 = torch.zeros(self.lstm.num_layers, x.size(1), self.lstm.hidden_size)
+        h0 = torch.zeros(self.lstm.num_layers * (1 + self.lstm.bidirectional), x.size(1), self.lstm.hidden_size)
         out, _ = self.lstm(x, (h0, torch.zeros_like(h0)))
         return self.head(out[-1]).softmax(-1)
 
@@ -63,8 +63,9 @@ class Stateful(nn.Module):
         packed = rnn_utils.pack_padded_sequence(x, seq_lens, enforce_sorted=False)
         y, state = self.rnn(packed, state)
         y = PackedSequence(y.data.tanh() + 1, y.batch_sizes, y.sorted_indices, y.unsorted_indices)
-        out, lengths = unpack(self.inner["gru"](y)[0], padding_value=-1.0)
-        return {"steps": out, "mean": (out.masked_fill(out == -1.0, 0.0).sum(0) / lengths[:, None]), "state": state}
+        out, _ = unpack(self.inner["gru"](y)[0], padding_value=-1.0)
+        shifted, lengths = unpack(y)
+        return {"steps": out, "mean": shifted.sum(0) / lengths[:, None], "state": state}
 
 
 class Pooled(nn.Module):
