@@ -15,7 +15,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.spec import LENGTHS, METADATA_KEY, GraphSpec, Layout, Spec, SpecError, StepMode, TensorSpec, parse_spec
+from models.spec import (
+    LENGTHS,
+    METADATA_KEY,
+    SOURCE_LENGTHS,
+    GraphSpec,
+    Layout,
+    Spec,
+    SpecError,
+    TensorSpec,
+    parse_spec,
+)
 from service.errors import ConfigError, ModelBroken, RunFailed
 from service.placement import CPU, Node, Placement
 
@@ -68,10 +78,17 @@ class Backend:
     """One loaded model file."""
 
     def __init__(
-        self, path: Path, *, provider: str = "cpu", device_id: int = 0, keeps_states: bool | None = None
+        self,
+        path: Path,
+        *,
+        provider: str = "cpu",
+        device_id: int = 0,
+        keeps_states: bool | None = None,
+        encoder_of: Spec | None = None,
     ) -> None:
         """Load a file and check that its graph is what its spec says.
 
+        encoder_of    spec of the decoder whose encoder this file is; other files carry theirs
         device_id     number of the GPU
         keeps_states  whether states stay on the device; by default they do on a GPU, which a test has not
         Raises ModelBroken, with what is wrong, and ConfigError for an absent provider.
@@ -106,11 +123,16 @@ class Backend:
         """The file, which the session holds anyway."""
         self.digest = hashlib.sha256(content).hexdigest()
         self.num_bytes = len(content)
-        try:
-            self.spec: Spec = parse_spec(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
-        except SpecError as error:
-            raise ModelBroken(f"{path}: {error}") from error
-        self.graph: GraphSpec = self.spec.graph
+        if encoder_of is None:
+            try:
+                self.spec: Spec = parse_spec(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
+            except SpecError as error:
+                raise ModelBroken(f"{path}: {error}") from error
+        else:
+            self.spec = encoder_of
+        self.graph: GraphSpec = self.spec.graph if encoder_of is None else self.spec.graphs[1]
+        self.is_whole = not self.graph.is_causal or self.graph.fixed_steps is not None
+        """Whether a sequence must not be cut."""
         if fault := self._mismatch():
             raise ModelBroken(f"{path}: the graph is not what its spec says: {fault}")
         self._output_names = [t.name for t in self.graph.outputs] + [s.next_name for s in self.graph.states]
@@ -186,7 +208,7 @@ class Backend:
         The same sequences run alone, beside neighbours of LOUDNESS times their size and of NaN, in a batch of max_rows,
         and cut into chunks.
         """
-        per_step = {t.name for t in self.graph.inputs if t.layout is Layout.PER_STEP}
+        per_step = {LENGTHS, *(t.name for t in self.graph.inputs if t.layout is Layout.PER_STEP)}
         batch_error = chunk_error = 0.0
         rng = np.random.default_rng(0)
         quiet = self._sample(rng, PROBE_STEPS)
@@ -196,7 +218,7 @@ class Backend:
         brief = {name: rows[:2] if name in per_step else rows for name, rows in quiet.items()}
         crowd = [brief] * max_rows  # as large as batches get: kernels block rows by their number
         batch_error = max(batch_error, _difference(self._run_padded([brief])[0], self._run_padded(crowd)[-1]))
-        can_step = self.spec.step_mode[0] is StepMode.STEPPING
+        can_step = not self.is_whole
         if can_step:
             for cuts in ([1] * PROBE_STEPS, [7, 1, 15]):
                 chunk_error = max(chunk_error, _difference(alone, self._run_cut(quiet, cuts)))
@@ -214,7 +236,9 @@ class Backend:
         time = self.graph.fixed_steps or "time"
         declared = {t.name: (t.dtype, _shape(t.layout, t.row_shape, time)) for t in self.graph.inputs}
         declared |= {s.name: (s.dtype, _shape(Layout.PER_SEQUENCE, s.row_shape)) for s in self.graph.states}
-        declared[LENGTHS] = ("int32", _shape(Layout.PER_SEQUENCE, ()))
+        declared |= {n: ("int32", _shape(Layout.PER_SEQUENCE, ())) for n in (LENGTHS, SOURCE_LENGTHS)}
+        if not self.graph.reads_source:
+            del declared[SOURCE_LENGTHS]
         if takes.keys() != declared.keys():
             return f"inputs {sorted(takes)}, spec {sorted(declared)}"
         answered = {t.name: (t.dtype, _shape(t.layout, t.row_shape, time)) for t in self.graph.outputs}
@@ -229,9 +253,12 @@ class Backend:
         return None
 
     def _sample(self, rng: np.random.Generator, steps: int) -> dict[str, Array]:
-        """One sequence of plausible inputs, as long as the graph takes it: rows of the golden ones, in any order."""
+        """One sequence of plausible inputs, as long as the graph takes it: rows of the golden ones, in any order.
+
+        LENGTHS has a one for each step.
+        """
         steps = min(steps, self.graph.fixed_steps or steps)
-        sequence = {}
+        sequence: dict[str, Array] = {LENGTHS: np.ones(steps, dtype=np.int32)}
         for tensor in self.graph.inputs:
             rows = self._golden_rows(tensor)
             if len(rows):
@@ -242,7 +269,8 @@ class Backend:
 
     def _golden_rows(self, tensor: TensorSpec) -> Array:
         """Finite golden rows [n, *row shape] of a per-step input; n is 0 where there are none."""
-        golden = self.spec.golden[0].inputs.get(tensor.name) if self.spec.golden else None
+        mine = (each for each in self.spec.golden if self.spec.graphs[each.graph] is self.graph)
+        golden = next((each.inputs.get(tensor.name) for each in mine), None)
         if golden is None or tensor.layout is not Layout.PER_STEP or tensor.dtype != "float32":
             return np.empty((0, *tensor.row_shape))
         rows = golden.array().reshape(-1, *tensor.row_shape)
@@ -257,20 +285,22 @@ class Backend:
 
     def _run_padded(self, sequences: list[dict[str, Array]]) -> list[list[Array]]:
         """Run sequences as one batch; returns each one's outputs and final states, unpadded."""
-        per_step = {t.name for t in self.graph.inputs if t.layout is Layout.PER_STEP}
-        shared = {t.name for t in self.graph.inputs if t.layout is Layout.SHARED}
-        lengths = np.array([max(len(s[n]) for n in per_step) for s in sequences], dtype=np.int32)
+        lengths = np.array([len(s[LENGTHS]) for s in sequences], dtype=np.int32)
         inputs = {}
-        for name, first in sequences[0].items():
-            if name in shared:
-                inputs[name] = first
-            elif name in per_step:
-                batch = np.zeros((len(sequences), lengths.max(), *first.shape[1:]), dtype=first.dtype)
-                for row, sequence in zip(batch, sequences, strict=True):
-                    row[: len(sequence[name])] = sequence[name]
-                inputs[name] = batch
+        for tensor in self.graph.inputs:
+            rows = [s[tensor.name] for s in sequences]
+            if tensor.layout is Layout.SHARED:
+                inputs[tensor.name] = rows[0]
+            elif tensor.layout is Layout.PER_SEQUENCE:
+                inputs[tensor.name] = np.stack(rows)
             else:
-                inputs[name] = np.stack([s[name] for s in sequences])
+                counts = np.array([len(x) for x in rows], dtype=np.int32)
+                batch = np.zeros((len(rows), counts.max(), *tensor.row_shape), dtype=tensor.dtype)
+                for row, x in zip(batch, rows, strict=True):
+                    row[: len(x)] = x
+                inputs[tensor.name] = batch
+                if tensor.layout is Layout.PER_SOURCE_STEP:
+                    inputs[SOURCE_LENGTHS] = counts
         states = [np.zeros((len(sequences), *s.row_shape), dtype=s.dtype) for s in self.graph.states]
         outputs, final = self.run(inputs, lengths, states)
         is_per_step = [t.layout is Layout.PER_STEP for t in self.graph.outputs]
@@ -289,11 +319,13 @@ class Backend:
             inputs = {
                 t.name: sequence[t.name][None, start : start + cut]
                 if t.layout is Layout.PER_STEP
-                else sequence[t.name][None]
-                if t.layout is Layout.PER_SEQUENCE
                 else sequence[t.name]
+                if t.layout is Layout.SHARED
+                else sequence[t.name][None]
                 for t in self.graph.inputs
             }
+            if sources := [x for t, x in zip(self.graph.inputs, inputs.values(), strict=True) if _is_source(t)]:
+                inputs[SOURCE_LENGTHS] = np.array([sources[0].shape[1]], dtype=np.int32)
             outputs, states = self.run(inputs, np.array([cut], dtype=np.int32), states)
             parts.append([v[0] for v in outputs])
             start += cut
@@ -353,6 +385,7 @@ def _shape(layout: Layout, row_shape: tuple[int, ...], time: str | int = "time")
         Layout.PER_STEP: ("batch", time),
         Layout.PER_SEQUENCE: ("batch",),
         Layout.SHARED: (),
+        Layout.PER_SOURCE_STEP: ("batch", "source time"),
     }
     return (*leading[layout], *row_shape)
 
@@ -366,9 +399,14 @@ def _fits(found: Sequence[str | int | None], wanted: tuple[str | int, ...]) -> b
     )
 
 
+def _is_source(tensor: TensorSpec) -> bool:
+    return tensor.layout is Layout.PER_SOURCE_STEP
+
+
 def _random(rng: np.random.Generator, tensor: TensorSpec, steps: int) -> Array:
     """Random values of an input of one sequence."""
-    shape = (steps, *tensor.row_shape) if tensor.layout is Layout.PER_STEP else tensor.row_shape
+    has_steps = tensor.layout in (Layout.PER_STEP, Layout.PER_SOURCE_STEP)
+    shape = (steps, *tensor.row_shape) if has_steps else tensor.row_shape
     if tensor.dtype in ("int64", "int32"):
         return rng.integers(tensor.num_ids or 2, size=shape).astype(tensor.dtype)
     if tensor.dtype == "bool":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.spec import LENGTHS
+from models.spec import LENGTHS, SOURCE_LENGTHS, Layout
 from service.backend import Backend, run_failed
 from service.devicegraph import (
     SLOTS,
@@ -65,7 +65,7 @@ class DeviceRunner:
         """Advance sequences, any thread.
 
         slots    [batch]
-        inputs   per-step ones [batch, time, *row shape]
+        inputs   per-step ones [batch, time, *row shape], others as the spec says
         lengths  [batch] int32, each in 1..time
         Returns the outputs in the spec's order. Raises RunFailed, leaving the states as they were, and StatesLost.
         """
@@ -87,7 +87,13 @@ class DeviceRunner:
         rows = [np.full((2, *s.row_shape), 0.5, dtype=s.dtype) for s in states]
         for index, both in enumerate(rows):
             self.slab.write(slots, index, both)
-        inputs = {t.name: np.zeros((1, 1, *t.row_shape), dtype=t.dtype) for t in backend.graph.inputs}
+        stepped = (Layout.PER_STEP, Layout.PER_SOURCE_STEP)
+        inputs = {
+            t.name: np.zeros((1, *((1,) if t.layout in stepped else ()), *t.row_shape), dtype=t.dtype)
+            for t in backend.graph.inputs
+        }
+        if backend.graph.reads_source:
+            inputs[SOURCE_LENGTHS] = np.ones(1, dtype=np.int32)
         lengths = np.ones(1, dtype=np.int32)
         found = [*self.run(slots[:1], inputs, lengths), *self.slab.read(slots)]
         outputs, moved = backend.run(inputs, lengths, [both[:1] for both in rows])

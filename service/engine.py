@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from service.errors import ModelNotFound, RunFailed, ServiceError, StatesLost, U
 from service.events import Link, Steps
 from service.lane import Lane
 from service.policies import LeastServed
-from service.predict import CallLine, PredictCall, Prediction, Sequences
+from service.predict import Call, CallLine, PredictCall, Prediction, Sequences
 from service.runs import Run
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ class Engine:
     def add(self, lane: Lane) -> None:
         """Serve a model version."""
         self._lanes.setdefault(lane.name, {})[lane.version] = lane
-        self._waiting[lane] = CallLine(lane)
+        for each in _both(lane):
+            self._waiting[each] = CallLine(each)
 
     @property
     def lanes(self) -> list[Lane]:
@@ -97,18 +99,22 @@ class Engine:
 
     def is_used(self, lane: Lane) -> bool:
         """Whether anything lives, waits or runs in a lane, or it still has rows in the spill store."""
-        is_busy = bool(lane.sessions or lane.inbox or self._waiting[lane] or lane.scheduler.num_queued_steps)
-        return is_busy or (lane.residence is not None and lane.residence.num_stale > 0)
+        for each in _both(lane):
+            if each.sessions or each.inbox or self._waiting[each] or each.scheduler.num_queued_steps:
+                return True
+        return lane.residence is not None and lane.residence.num_stale > 0
 
     def end_all(self, lane: Lane, error: ServiceError) -> None:
         """End what lives in a lane, and tell whoever it is why."""
-        lane.lose(list(lane.sessions.by_slot), error)
+        for each in _both(lane):
+            each.lose(list(each.sessions.by_slot), error)
 
     def forget(self, lane: Lane) -> None:
         """Let go of a retired version that is not used."""
         self._retired.discard(lane)
-        del self._waiting[lane]
-        self._costs = {key: cost for key, cost in self._costs.items() if key[0] is not lane}
+        for each in _both(lane):
+            del self._waiting[each]
+        self._costs = {key: cost for key, cost in self._costs.items() if key[0] in self._waiting}
 
     # ---- work -------------------------------------------------------------------------------------------------------
 
@@ -151,10 +157,19 @@ class Engine:
         """Run whole sequences. Cancelling it frees what they hold."""
         self.check_open(lane)
         call = PredictCall(lane, sequences)
+        with self.queued(lane, call):
+            return await call.result
+
+    @contextmanager
+    def queued(self, lane: Lane, call: Call) -> Iterator[None]:
+        """Begin a call's sequences as slots come free, and free what they hold at the end of the block."""
+        if lane not in self._waiting:
+            call.withdraw()
+            raise Unavailable(f"{lane.name}/{lane.version} is unloaded: use a version that is served")
         self._waiting[lane].append(call)
         self.wake()
         try:
-            return await call.result
+            yield
         finally:
             call.withdraw()
             self.drop(lane, call.link)
@@ -287,6 +302,11 @@ class Engine:
         for lane in list(self._waiting):
             lane.expire(self.clock())
         self._ticker = self._loop.call_later(EXPIRY_TICK_S, self._tick)
+
+
+def _both(lane: Lane) -> tuple[Lane, ...]:
+    """A lane, and the encoder's before it if it has one."""
+    return (lane,) if lane.encoder is None else (lane.encoder, lane)
 
 
 _Key = tuple[Lane, int, int]

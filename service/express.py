@@ -94,6 +94,8 @@ def board(lane: Lane, num_messages: int) -> Express | None:
         if bad_rows(tensor, x, passes_non_finite=passes) is not None:
             return None
         inputs[tensor.name] = x[:, None]
+    if lane.constants is not None:
+        lane.constants.gather(slots, inputs)
     rows = slots
     if lane.residence is not None:
         if not lane.residence.holds(slots):

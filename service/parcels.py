@@ -46,6 +46,8 @@ class Parcel:
     """A row of each."""
     gathered: list[Array]
     """Per-step inputs of a sequence that waits to be whole, [steps, ...]; empty if there are none."""
+    given: list[Array]
+    """What it was given once, if its model takes something so."""
     answers: list[Answer]
     """Of steps that were still queued when another stream asked for the session: they are for that stream."""
 
@@ -86,6 +88,7 @@ def give(lane: Lane, leaving: Sequence[Leaving]) -> list[Parcel]:
             used_at=session.used_at,
             states=[rows[row] for rows in states],
             gathered=lane.gathered.take(session),
+            given=[] if lane.constants is None else lane.constants.read(session.slot),
             answers=each.answers,
         )
         parcels.append(parcel)
@@ -95,7 +98,7 @@ def give(lane: Lane, leaving: Sequence[Leaving]) -> list[Parcel]:
 
 def adopt(lane: Lane, link: Link, parcel: Parcel, now: float) -> None:
     """Go on with a session in a lane of the same model file. Raises Exhausted."""
-    handle, _, _ = lane.open(link, parcel.terms, now)
+    handle, _, _ = lane.open(link, parcel.terms, now, parcel.given)
     lane.tally.sequences -= 1  # it did not begin here
     session = link.sessions[handle]
     num_gathered = len(parcel.gathered[0]) if parcel.gathered else 0
@@ -129,6 +132,7 @@ def pack(parcels: Sequence[Parcel]) -> bytes:
             "used_at": parcel.used_at,
             "states": write(parcel.states),
             "gathered": write(parcel.gathered),
+            "given": write(parcel.given),
             "kept": parcel.kept and [parcel.kept.position, parcel.kept.num_steps, write(parcel.kept.outputs)],
             "answers": [[each.positions, each.lengths, write(each.outputs)] for each in parcel.answers],
         }
@@ -159,7 +163,7 @@ def unpack(data: bytes) -> list[Parcel]:
             replay_window=entry["replay_window"],
             priority=Priority(entry["priority"]),
         )
-        states, gathered = read(entry["states"]), read(entry["gathered"])
+        states, gathered, given = (read(entry[name]) for name in ("states", "gathered", "given"))
         kept = entry["kept"]
         return Parcel(
             terms=terms,
@@ -169,6 +173,7 @@ def unpack(data: bytes) -> list[Parcel]:
             used_at=entry["used_at"],
             states=states,
             gathered=gathered,
+            given=given,
             answers=[Answer([0], positions, lengths, read(rows)) for positions, lengths, rows in entry["answers"]],
         )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from service.events import Answer, Closed, Event, Link, StepsFailed
 from service.inputs import bad_rows, bad_value
 from service.lane import Lane
 from service.policies import Priority, Turns
-from service.sessions import ANONYMOUS, Terms
+from service.sessions import ANONYMOUS, Session, Terms
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -39,6 +39,8 @@ class Sequences:
     emit_last: bool = False
     return_state: bool = False
     priority: Priority = Priority.NORMAL
+    constants: list[Array] = field(default_factory=list)
+    """What each sequence is given once, for each of the lane's `constants.tensors`: [n, ...]."""
 
 
 @dataclass(slots=True)
@@ -49,6 +51,33 @@ class Prediction:
     """Per-step [sum(lengths), ...], or [n, ...] under emit_last; per-sequence [n, ...]."""
     states: list[Array]
     """Final states [n, directions, hidden]; empty unless asked for."""
+
+
+class Call(Protocol):
+    """Whole sequences that wait for slots."""
+
+    link: Link
+    priority: Priority
+    width: int
+    """Slots that a sequence takes."""
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether every sequence has been begun."""
+        ...
+
+    @property
+    def num_held(self) -> int:
+        """Slots that it holds."""
+        ...
+
+    def feed(self, room: int, now: float) -> None:
+        """Begin sequences in at most `room` more slots."""
+        ...
+
+    def withdraw(self) -> None:
+        """Feed no more."""
+        ...
 
 
 class PredictCall:
@@ -66,6 +95,7 @@ class PredictCall:
             is_predicting=True,
         )
         self.priority = sequences.priority
+        self.width = 1
         self._sequences = sequences
         self._starts = np.cumsum(sequences.lengths) - sequences.lengths
         self._num_fed = 0
@@ -117,7 +147,8 @@ class PredictCall:
         starts, lengths = self._starts[part].tolist(), sequences.lengths[part].tolist()
         self._num_fed += len(starts)
         self._stop_waiting(sum(lengths))
-        submit_sequences(self.lane, self.link, sequences.inputs, starts, lengths, states, now, self.priority)
+        constants = [rows[part] for rows in sequences.constants]
+        submit_sequences(self.lane, self.link, sequences.inputs, starts, lengths, states, now, self.priority, constants)
 
     def withdraw(self) -> None:
         """Feed no more."""
@@ -151,22 +182,22 @@ class CallLine:
 
     Calls take turns, from the highest class of priority down. None may hold more slots than it leaves free, so that
     there is room at once for a call that comes later, however many sequences those before it have; but whoever holds
-    none gets one, if there is one.
+    none gets room for one sequence, if there is any. One that needs more slots than are free is waited for.
     """
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._lines: tuple[deque[PredictCall], ...] = tuple(deque() for _ in Priority)
+        self._lines: tuple[deque[Call], ...] = tuple(deque() for _ in Priority)
         self._turns = Turns()
 
     def __bool__(self) -> bool:
         return any(self._lines)
 
-    def append(self, call: PredictCall) -> None:
+    def append(self, call: Call) -> None:
         """Let a call wait."""
         self._lines[call.priority].append(call)
 
-    def discard(self, call: PredictCall) -> None:
+    def discard(self, call: Call) -> None:
         """Let a call wait no more, if it does."""
         if call in self._lines[call.priority]:
             self._lines[call.priority].remove(call)
@@ -183,11 +214,11 @@ class CallLine:
             line = self._lines[rank]
             for _ in range(len(line)):
                 room = limit - lane.num_predicting
-                if not room:
+                if room < line[0].width:
                     break
                 call = line.popleft()
                 held = call.num_held
-                if (num := max((room - held) // 2, int(not held))) > 0:
+                if (num := max((room - held) // 2, 0 if held else call.width)) >= call.width:
                     call.feed(num, now)
                     served.add(rank)
                 if not call.is_fed:
@@ -206,27 +237,48 @@ def submit_sequences(
     states: Sequence[Array | None],
     now: float,
     priority: Priority = Priority.NORMAL,
+    constants: Sequence[Sequence[Array] | Array] = (),
 ) -> None:
     """Open, queue and close whole sequences; their handles count on from link.num_opened.
 
-    inputs   per-step inputs, packed; starts and lengths [n] say which rows
-    states   for each state [n, *row shape] or None for zeros
+    inputs     per-step inputs, packed; starts and lengths [n] say which rows
+    states     for each state [n, *row shape] or None for zeros
+    constants  for each of lane.constants.tensors [n, ...]
     """
+    sessions = open_sequences(lane, link, len(starts), states, now, priority, constants)
+    for session, length in zip(sessions, lengths, strict=True):
+        session.expected = length
+        lane.sessions.drain(session)
+    lane.scheduler.submit([session.slot for session in sessions], lengths, starts, inputs)
+
+
+def open_sequences(
+    lane: Lane,
+    link: Link,
+    count: int,
+    states: Sequence[Array | None],
+    now: float,
+    priority: Priority,
+    constants: Sequence[Sequence[Array] | Array],
+) -> list[Session]:
+    """Open anonymous sessions of a call, with nothing queued: see `submit_sequences`."""
     terms = ANONYMOUS if priority is Priority.NORMAL else Terms(priority=priority)
-    slots = lane.slab.allocate(len(starts))
+    slots = lane.slab.allocate(count)
     for index, rows in enumerate(states):
         if rows is not None:
             lane.slab.write(slots, index, rows)
     numbers = slots.tolist()
-    for slot, length in zip(numbers, lengths, strict=True):
+    if lane.constants is not None:
+        lane.constants.put(numbers, constants)
+    sessions = []
+    for slot in numbers:
         session = lane.sessions.open(slot, link, link.num_opened, terms, now)
-        session.expected = length
-        lane.sessions.drain(session)
         link.members.add(session)
         link.num_opened += 1
+        sessions.append(session)
     if priority is not Priority.NORMAL:
         for slot in numbers:
             lane.scheduler.prioritize(slot, priority)
     lane.num_predicting += len(numbers)
     lane.tally.sequences += len(numbers)
-    lane.scheduler.submit(numbers, lengths, starts, inputs)
+    return sessions

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.spec import MODEL_FILE, Layout
+from models.spec import MODEL_FILE, Layout, Spec
 from service.backend import Backend, check_provider
 from service.config import Settings
 from service.errors import ConfigError, ModelBroken, RunFailed, ServiceError
@@ -81,9 +81,44 @@ def load_version(
     if not path.is_file():
         raise ModelBroken(f"{path}: no such file")
     backend = Backend(path, provider=settings.provider, device_id=settings.device_id, keeps_states=keeps_states)
-    others = [t.name for t in backend.graph.inputs if t.layout is not Layout.PER_STEP]
-    if others:
-        raise ModelBroken(f"{path}: inputs {', '.join(others)} are not per step, and only those can be served")
+    if shared := [t.name for t in backend.graph.inputs if t.layout is Layout.SHARED]:
+        raise ModelBroken(f"{path}: inputs {', '.join(shared)} are shared by all sequences, which can't be served")
+    encoder = None
+    if backend.spec.encoder is not None:
+        encoder = _load_encoder(settings, name, version, backend, keeps_states=keeps_states)
+    if fault := ungenerable(backend.spec):
+        raise ModelBroken(f"{path}: {fault}")
+    return _lane(settings, name, version, backend, store, encoder)
+
+
+def _load_encoder(settings: Settings, name: str, version: int, decoder: Backend, *, keeps_states: bool | None) -> Lane:
+    """Load the file that a decoder's spec names. Raises ModelBroken where it is another one, and ConfigError."""
+    graph = decoder.spec.graphs[1]
+    path = settings.repository / name / str(version) / graph.file
+    if "/" in graph.file or "\\" in graph.file:
+        raise ModelBroken(f"{path}: the encoder belongs beside {MODEL_FILE}, under a plain name")
+    backend = Backend(
+        path,
+        provider=settings.provider,
+        device_id=settings.device_id,
+        keeps_states=keeps_states,
+        encoder_of=decoder.spec,
+    )
+    if backend.digest != graph.sha256:
+        raise ModelBroken(
+            f"{path}: its SHA-256 is {backend.digest}, but {MODEL_FILE} was exported with {graph.sha256 or 'none'}: "
+            "export both together again"
+        )
+    if others := [t.name for t in graph.inputs if t.layout is not Layout.PER_STEP]:
+        raise ModelBroken(f"{path}: inputs {', '.join(others)} are not per step, which an encoder's have to be")
+    return _lane(settings, name, version, backend, None, None)
+
+
+def _lane(
+    settings: Settings, name: str, version: int, backend: Backend, store: SpillStore | None, encoder: Lane | None
+) -> Lane:
+    """Probe a graph and make room for its sequences. Raises ModelBroken."""
+    path = settings.repository / name / str(version) / backend.graph.file
     try:
         exactness = backend.probe(settings.max_batch_rows)
     except Exception as error:  # whatever is wrong with this file, the others are served
@@ -99,11 +134,34 @@ def load_version(
             backend.provider,
         )
     try:
-        return Lane(name, version, backend, exactness, settings, store)
+        return Lane(name, version, backend, exactness, settings, store, encoder)
     except MemoryError as error:
         raise ModelBroken(f"{path}: no memory for the states of all sequences: lower max_sessions ({error})") from error
     except (ModelBroken, RunFailed) as error:
         raise ModelBroken(f"{path}: {error}") from error
+
+
+def ungenerable(spec: Spec) -> str:
+    """Say why a model that generates can't be served; empty where it can, or does not generate."""
+    generation, graph = spec.generation, spec.graph
+    if generation is None:
+        return ""
+    stepped = [t for t in graph.inputs if t.layout is Layout.PER_STEP]
+    if [t.name for t in stepped] != ([generation.token_input] if generation.token_input else []):
+        return f"per-step inputs {[t.name for t in stepped]}: one that generates takes ids of its last choice alone"
+    if generation.token_input:
+        scores = next(t for t in graph.outputs if t.name == generation.scores_output)
+        if stepped[0].dtype != "int64" or scores.layout is not Layout.PER_STEP or len(scores.row_shape) != 1:
+            return f"{generation.token_input} has to be int64 and {scores.name} a row of log-probabilities a step"
+    elif any(t.layout is not Layout.PER_STEP for t in graph.outputs):
+        return "outputs of a model that feeds no ids back have to be per step"
+    given = {} if spec.encoder is None else {t.name: t for t in spec.encoder.outputs}
+    for tensor in graph.inputs:
+        if tensor.layout is Layout.PER_SOURCE_STEP:
+            found = given.get(tensor.name)
+            if found is None or found.layout is not Layout.PER_STEP or found.row_shape != tensor.row_shape:
+                return f"{tensor.name} is of every step of the source, and no encoder gives it so"
+    return ""
 
 
 def models_on_disk(root: Path) -> dict[str, list[int]]:

@@ -35,6 +35,8 @@ class Runner:
         graph = backend.graph
         self.slab = StateSlab([(s.row_shape, s.dtype) for s in graph.states], capacity)
         self._backend = backend
+        self._step_input = next((t.name for t in graph.inputs if t.layout is Layout.PER_STEP), None)
+        self._has_buffers = not graph.reads_source and graph.fixed_steps is None  # else shapes differ
         self._max_rows = max_rows
         self._splitter = Splitter(threads) if threads > 1 else None
         self._helpers = ThreadPoolExecutor(threads - 1, "rnnserve-part") if threads > 1 else None
@@ -53,12 +55,13 @@ class Runner:
         """Advance sequences, on any thread, one run at a time; meanwhile other slots may be used.
 
         slots    [batch]
-        inputs   per-step ones [batch, time, *row shape]
+        inputs   per-step ones [batch, time, *row shape], others as the spec says
         lengths  [batch] int32, each in 1..time
         Returns the outputs in the spec's order. Raises RunFailed, leaving the states as they were.
         """
-        num_rows, num_steps = len(slots), next(iter(inputs.values())).shape[1]
-        if num_steps == 1 and num_rows <= self._max_rows and self._backend.graph.fixed_steps is None:
+        num_rows = len(slots)
+        num_steps = int(lengths.max()) if self._step_input is None else inputs[self._step_input].shape[1]
+        if num_steps == 1 and num_rows <= self._max_rows and self._has_buffers:
             return self._run_step(slots, inputs, num_rows)
         states = self.slab.read(slots)
 

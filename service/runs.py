@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.spec import GraphSpec, Layout, StepMode
+from models.spec import GraphSpec, Layout
 from service.backend import Backend
+from service.constants import Constants
 from service.device import DeviceRunner, DeviceSlab
 from service.events import Answer, Link
 from service.residence import Residence
@@ -49,14 +50,26 @@ class Run:
 class RunMaker:
     """Makes the runs of one model version, and the answers from their outputs."""
 
-    def __init__(self, backend: Backend, runner: AnyRunner, max_rows: int, residence: Residence | None = None) -> None:
-        """Make runs of at most `max_rows`; a residence knows the slab's rows of slots, which else are the same."""
+    def __init__(
+        self,
+        backend: Backend,
+        runner: AnyRunner,
+        max_rows: int,
+        residence: Residence | None = None,
+        constants: Constants | None = None,
+    ) -> None:
+        """Make runs of at most `max_rows`.
+
+        residence  knows the slab's rows of slots, which else are the same
+        constants  has the inputs that are given once a sequence; None where there are none
+        """
         graph: GraphSpec = backend.graph
         self._runner = runner
         self._residence = residence
+        self._constants = constants
         self._names = [t.name for t in graph.inputs if t.layout is Layout.PER_STEP]
         self._is_per_step = [t.layout is Layout.PER_STEP for t in graph.outputs]
-        self._is_whole = backend.spec.step_mode[0] is StepMode.BUFFERED
+        self._is_whole = backend.is_whole
         self.ones = np.ones(max_rows, dtype=np.int32)
         """Lengths of a run of one step."""
 
@@ -72,6 +85,8 @@ class RunMaker:
         for index, name in enumerate(self._names):
             parts = [self._rows(payload[index], batch, at) for payload, at in segments]
             inputs[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._constants is not None:
+            self._constants.gather(slots, inputs)
         if self._residence is not None:
             slots = self._residence.rows(slots)
         return Run(self._runner, batch, slots, inputs, lengths)
