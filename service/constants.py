@@ -66,7 +66,7 @@ class Constants:
             self._sources.pop(slot, None)
 
     def gather(self, slots: Slots, inputs: dict[str, Array]) -> None:
-        """Add inputs of a run by name: [rows, *row shape]; of sources [rows, longest, *row shape], and SOURCE_LENGTHS."""
+        """Add inputs by name: [rows, *row shape]; of sources [rows, longest, *row shape], and SOURCE_LENGTHS."""
         sources = [self._sources[slot] for slot in slots.tolist()] if self._sources else []
         at = 0
         for tensor, array in zip(self.tensors, self._fixed, strict=True):

@@ -13,6 +13,8 @@
     |   +-- PositionGap           a step that skips ahead
     |   +-- AnswersNotKept        a resend of steps whose answers are gone
     |   +-- NotSteppable          stepping asked of a model that needs the whole sequence
+    |   +-- OnlyGenerates         inputs given to a model that makes its outputs by itself
+    |   +-- NotGenerative         outputs asked of a model that takes its inputs step by step
     +-- Exhausted                 a limit of the server
     |   +-- Overloaded            a queue is full for now
     |   +-- SpillFailed           states of idle sessions can't be moved out of memory
@@ -167,6 +169,18 @@ class NotSteppable(Precondition):
     """Stepping asked of a model that needs the whole sequence."""
 
     reason = "NOT_STEPPABLE"
+
+
+class OnlyGenerates(Precondition):
+    """Inputs given step by step to a model that makes its outputs by itself. The caller should call Generate."""
+
+    reason = "ONLY_GENERATES"
+
+
+class NotGenerative(Precondition):
+    """Outputs asked of a model that takes its inputs step by step. The caller should call Predict or StreamPredict."""
+
+    reason = "NOT_GENERATIVE"
 
 
 class Exhausted(ServiceError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from service.backend import Backend, Exactness
+from service.backend import Backend
 from service.config import Settings
 from service.entries import join
 from service.errors import (
@@ -21,6 +21,7 @@ from service.errors import (
 )
 from service.events import Link, Steps, StepsFailed
 from service.paging import Pager
+from service.probe import Exactness
 from service.roster import Roster
 from service.runs import Run, advance
 from service.scheduler import Batch, Dropped

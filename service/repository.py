@@ -11,6 +11,7 @@ from service.backend import Backend, check_provider
 from service.config import Settings
 from service.errors import ConfigError, ModelBroken, RunFailed, ServiceError
 from service.lane import Lane
+from service.probe import probe
 from service.spill import SpillStore
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _lane(
     """Probe a graph and make room for its sequences. Raises ModelBroken."""
     path = settings.repository / name / str(version) / backend.graph.file
     try:
-        exactness = backend.probe(settings.max_batch_rows)
+        exactness = probe(backend, settings.max_batch_rows)
     except Exception as error:  # whatever is wrong with this file, the others are served
         raise ModelBroken(f"{path}: it loads, but a first run fails: {error}") from error
     if slow := backend.placement.recurrent_fallbacks:

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from models.spec import Layout
-from service.backend import Backend, Exactness
+from service.backend import Backend
 from service.config import Settings
 from service.constants import Constants
 from service.entries import Gathered
 from service.errors import Exhausted, InvalidInput, NotFound, RunFailed, ServiceError, SessionExpired
 from service.events import Closed, Link, Steps, StepsFailed
+from service.probe import Exactness
 from service.residence import Residence
 from service.runs import AnySlab, RunMaker, make_runner
 from service.scheduler import BatchConfig, Scheduler

@@ -10,9 +10,10 @@ from onnx import TensorProto
 from onnx.helper import set_model_props
 
 from models.spec import METADATA_KEY, Golden, GoldenArray, Layout
-from service.backend import LOUDNESS, PROBE_STEPS, Backend, check_provider
+from service.backend import Backend, check_provider
 from service.config import load_settings
 from service.errors import ConfigError, ModelBroken, RunFailed
+from service.probe import LOUDNESS, PROBE_STEPS, probe
 from service.repository import load_version
 from tests.onnx_models import build
 
@@ -96,7 +97,7 @@ def test_a_run_that_onnxruntime_refuses_is_run_failed(load):
     ],
 )
 def test_verdicts(load, model, verdict, is_chunkable):
-    exactness = load(model).probe(64)
+    exactness = probe(load(model), 64)
     assert (exactness.verdict, exactness.is_chunkable) == (verdict, is_chunkable), exactness.detail
     assert ("cut into chunks" in exactness.detail) == model.spec.graph.is_causal
 
@@ -107,7 +108,7 @@ def test_an_int8_model_is_coupled(tmp_path, caplog):
     path = build("lstm", hidden=32).save(tmp_path, "m")
     with caplog.at_level(logging.ERROR):  # it advises on quality
         quantize_dynamic(path, path.with_name("int8.onnx"))
-    exactness = Backend(path.with_name("int8.onnx")).probe(64)
+    exactness = probe(Backend(path.with_name("int8.onnx")), 64)
     assert (exactness.verdict, exactness.is_chunkable) == ("coupled", False)
 
 
@@ -138,7 +139,7 @@ def test_an_error_of_batching_or_chunking_is_found_and_weighed(
         return outputs, after
 
     monkeypatch.setattr(backend, "run", inexact)
-    exactness = backend.probe(64)
+    exactness = probe(backend, 64)
     assert (exactness.verdict, exactness.is_chunkable) == (verdict, is_chunkable), exactness.detail
 
 
@@ -152,7 +153,7 @@ def probed_inputs(backend, monkeypatch):
         return run(inputs, lengths, states)
 
     monkeypatch.setattr(backend, "run", note)
-    backend.probe(64)
+    probe(backend, 64)
     return seen
 
 
@@ -180,7 +181,7 @@ def test_the_probe_takes_its_inputs_from_the_golden_ones(load, monkeypatch):
 
 def test_golden_inputs_without_a_finite_row_do_not_blind_the_probe(load):
     rows = GoldenArray.of(np.full((1, 2, 3), np.nan, np.float32))
-    assert load(build("lstm", coupled=True), **golden(rows)).probe(64).verdict == "coupled"
+    assert probe(load(build("lstm", coupled=True), **golden(rows)), 64).verdict == "coupled"
 
 
 # ---- files that can't be served -------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ def test_cuda_with_a_fallback_is_the_cpu_where_it_is_absent(without_cuda, tmp_pa
     assert check_provider("cuda,cpu") == "CPUExecutionProvider"
     backend = Backend(build().save(tmp_path, "m"), provider="cuda,cpu")
     assert backend.provider == "CPUExecutionProvider"
-    assert backend.probe(64).verdict == "exact"
+    assert probe(backend, 64).verdict == "exact"
 
 
 def test_cuda_that_does_not_start_is_no_silent_fallback(monkeypatch, tmp_path):

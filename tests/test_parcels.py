@@ -35,6 +35,7 @@ parcels = st.builds(
     used_at=st.floats(0, 1e9),
     states=arrays,
     gathered=arrays,
+    given=arrays,
     answers=st.lists(
         st.builds(Answer, st.just([0]), st.lists(st.integers(0)), st.lists(st.integers(0)), arrays), max_size=3
     ),

@@ -106,7 +106,7 @@ def respecced(model, *, golden=(), **changes):
     graph = model.spec.graph.model_copy(update=changes)
     file = onnx.load_from_string(model.content)
     for added in graph.inputs[1:]:
-        file.graph.input.append(make_tensor_value_info(added.name, onnx.TensorProto.FLOAT, ["batch", *added.row_shape]))
+        file.graph.input.append(make_tensor_value_info(added.name, onnx.TensorProto.FLOAT, added.row_shape))
     spec = model.spec.model_copy(update={"graphs": (graph,), "golden": golden})
     set_model_props(file, {METADATA_KEY: spec.to_json()})
     return file.SerializeToString()
@@ -118,7 +118,7 @@ def with_golden(array):
 
 [X] = build().spec.graph.inputs
 [TOKENS] = build(num_ids=5).spec.graph.inputs
-SPEAKER = TensorSpec(name="speaker", dtype="float32", row_shape=(4,), layout=Layout.PER_SEQUENCE)
+TABLE = TensorSpec(name="table", dtype="float32", row_shape=(4,), layout=Layout.SHARED)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ SPEAKER = TensorSpec(name="speaker", dtype="float32", row_shape=(4,), layout=Lay
             with_golden(GoldenArray.of(np.zeros((2, 5), np.float32))),
             "a first run fails: cannot reshape array of size 10",
         ),
-        (respecced(build(), inputs=(X, SPEAKER)), "inputs speaker are not per step, and only those can be served"),
+        (respecced(build(), inputs=(X, TABLE)), "inputs table are shared by all sequences, which can't be served"),
         (
             respecced(build(num_ids=5), inputs=(TOKENS.model_copy(update={"num_ids": 500}),)),
             "it loads, but a first run fails: onnxruntime failed: .*Gather.*out of data bounds",

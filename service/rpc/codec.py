@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from models.spec import Layout, StateSpec, StepMode, TensorSpec
 from service.errors import BadValue, Exhausted, InvalidInput, ShapeMismatch
+from service.inputs import bad_rows, bad_value
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.placement import Node
@@ -98,6 +99,9 @@ class LanePlan:
         self.lane = lane
         self.inputs = {t.name: TensorPlan(t) for t in lane.step_inputs}
         self.states = {s.name: TensorPlan(s) for s in lane.graph.states}
+        self._contexts = {t.name: t for t in contexts_of(lane)}
+        self.constants = {t.name: TensorPlan(t) for t in self._contexts.values()}
+        """Inputs that a sequence is given once."""
         self.takes_any_bytes = all(t.dtype != "bool" for t in lane.step_inputs)
         """Whether rows of the right size can't be malformed."""
         self.sole_input = next(iter(self.inputs)) if len(self.inputs) == 1 else None
@@ -114,11 +118,18 @@ class LanePlan:
             raise InvalidInput("an output is named twice", field="outputs")
         return [self.output_names.index(name) for name in names or self.output_names]
 
+    def given(self, once: Mapping[str, Array], row: int) -> list[Array] | None:
+        """What one sequence is given once, of rows by name; None where some are missing."""
+        if any(name not in once for name in self.constants):
+            return None
+        return [once[name][row] for name in self.constants]
+
     def read(self, tensors: Sequence[pb.Tensor], field: str) -> tuple[list[bytes], int, dict[str, Array]]:
         """Read a request's tensors, each named at most once.
 
-        Returns (bytes of the per-step inputs in the model's order, their number of rows, states by name); no bytes and
-        0 where no per-step input is given. Raises InvalidInput, ShapeMismatch and Exhausted.
+        Returns (bytes of the per-step inputs in the model's order, their number of rows, states and what is given once
+        a sequence by name); no bytes and 0 where no per-step input is given. Raises InvalidInput, ShapeMismatch and
+        Exhausted.
         """
         if len(tensors) == 1 and self.sole_input is not None and tensors[0].name in ("", self.sole_input):
             num_rows = self.inputs[self.sole_input].num_rows(tensors[0], f"{field}[0]")
@@ -128,7 +139,7 @@ class LanePlan:
         states: dict[str, Array] = {}
         num_rows = 0
         for index, tensor in enumerate(tensors):
-            name = tensor.name or self.sole_input
+            name = tensor.name or self.sole_input or ""
             at = f"{field}[{index}]"
             if name in inputs or name in states:
                 raise InvalidInput(f"{name} is given twice", field=f"{at}.name")
@@ -138,13 +149,18 @@ class LanePlan:
                     raise ShapeMismatch(f"{name} has {num} rows, {next(iter(inputs))} has {num_rows}", field=at)
                 num_rows = num
                 inputs[name] = tensor.data
-            elif name in self.states:
-                self.states[name].num_rows(tensor, at)
-                states[name] = self.states[name].rows(tensor.data, at)
-                if self.lane.settings.non_finite == "reject" and not np.isfinite(states[name]).all():
+            elif (plan := self.states.get(name) or self.constants.get(name)) is not None:
+                plan.num_rows(tensor, at)
+                states[name] = plan.rows(tensor.data, at)
+                passes = self.lane.settings.non_finite == "pass"
+                if not passes and not np.isfinite(states[name]).all():
                     raise BadValue(f"{name} has values that are not finite", field=at)
+                spec = self._contexts.get(name)
+                if spec is not None and (bad := bad_rows(spec, states[name], passes_non_finite=passes)) is not None:
+                    row = int(np.argmax(bad))
+                    raise BadValue(f"row {row}: {bad_value(spec, states[name][row], 0)}", field=at)
             else:
-                takes = ", ".join([*self.inputs, *self.states])
+                takes = ", ".join([*self.inputs, *self.constants, *self.states])
                 raise InvalidInput(f"no input {tensor.name!r}; {self.lane.name} takes {takes}", field=f"{at}.name")
         if not inputs:
             return [], 0, states
@@ -195,6 +211,32 @@ def row_bytes_of(rows: Array) -> bytes:
     return rows.tobytes() if _IS_LITTLE else encode(rows)
 
 
+def contexts_of(lane: Lane) -> list[TensorSpec]:
+    """Inputs that a client gives once a sequence: what an encoder gives is none of them."""
+    given = {t.name for t in lane.encoder.graph.outputs} if lane.encoder is not None else set[str]()
+    return [t for t in (lane.constants.tensors if lane.constants else ()) if t.name not in given]
+
+
+def inputs_of(lane: Lane) -> list[TensorSpec]:
+    """Inputs that a client gives: those of the encoder first, if there is one."""
+    sources = [] if lane.encoder is None else lane.encoder.step_inputs
+    return [*sources, *(t for t in lane.graph.inputs if t in lane.step_inputs or t in contexts_of(lane))]
+
+
+def _generation(lane: Lane) -> pb.Generation | None:
+    found = lane.backend.spec.generation
+    if found is None:
+        return None
+    return pb.Generation(
+        max_steps=found.max_steps,
+        token_input=found.token_input,
+        source_inputs=[] if lane.encoder is None else [t.name for t in lane.encoder.step_inputs],
+        begin_id=found.begin_id,
+        end_id=found.end_id,
+        separator=found.separator,
+    )
+
+
 def model_message(lane: Lane) -> pb.Model:
     """Describe a served model version."""
     spec = lane.backend.spec
@@ -206,7 +248,7 @@ def model_message(lane: Lane) -> pb.Model:
         topology=spec.topology,
         step_mode=STEP_MODES[lane.step_mode],
         step_mode_reason=lane.step_mode_reason,
-        inputs=[_tensor_spec(t) for t in lane.graph.inputs],
+        inputs=[_tensor_spec(t) for t in inputs_of(lane)],
         outputs=[_tensor_spec(t) for t in lane.graph.outputs],
         states=[pb.StateSpec(name=s.name, dtype=DTYPES[s.dtype], row_shape=s.row_shape) for s in lane.graph.states],
         labels=spec.labels,
@@ -219,6 +261,7 @@ def model_message(lane: Lane) -> pb.Model:
         provider=lane.backend.provider,
         max_inflight_steps=lane.settings.max_inflight_steps,
         spec_json=spec.to_json(),
+        generation=_generation(lane),
         placement=[_placed(*group, lane.backend.provider) for group in lane.backend.placement.groups()],
     )
 

@@ -30,6 +30,7 @@ from service.lane import Lane
 from service.parcels import Leaving, Parcel, adopt, give, pack, unpack
 from service.rpc.peers import Peer, ask_all
 from service.sessions import Terms
+from service.tensors import Array
 
 log = logging.getLogger(__name__)
 FINISH_S = 5.0
@@ -262,14 +263,14 @@ class Mover:
             self._arrivals = {}
             task.add_done_callback(lambda _: self._handoff.release(claim, link))
 
-    def open(self, link: Link, terms: Terms, now: float) -> tuple[int, int, bool]:
+    def open(self, link: Link, terms: Terms, now: float, given: list[Array] | None = None) -> tuple[int, int, bool]:
         """Open as Lane.open does, with the answers that a session brings along. Raises its errors, and SessionBusy."""
         arrival = self._arrivals.pop(terms.session_id, None)
         if arrival is None:
-            return self._lane.open(link, terms, now)
+            return self._lane.open(link, terms, now, given)
         if arrival.error is not None:
             raise arrival.error
-        opened = self._lane.open(link, terms, now)
+        opened = self._lane.open(link, terms, now, given)
         for answer in arrival.answers:
             answer.handles = [opened[0]]
             link.sink(answer)

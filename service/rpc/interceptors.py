@@ -36,6 +36,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         serde = (handler.request_deserializer, handler.response_serializer)
         if handler.unary_unary and asyncio.iscoroutinefunction(handler.unary_unary):
             return grpc.unary_unary_rpc_method_handler(_guarded(handler.unary_unary), *serde)
+        if handler.unary_stream and asyncio.iscoroutinefunction(handler.unary_stream):
+            return grpc.unary_stream_rpc_method_handler(_guarded(handler.unary_stream), *serde)
         if handler.stream_stream and asyncio.iscoroutinefunction(handler.stream_stream):
             return grpc.stream_stream_rpc_method_handler(_guarded(handler.stream_stream), *serde)
         return handler

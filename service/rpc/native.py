@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +14,8 @@ import grpc.aio
 from google.protobuf import message_factory
 
 from service.engine import Engine
-from service.errors import InvalidInput, ServiceError, ShapeMismatch, Unavailable
+from service.errors import DeadlineExpired, InvalidInput, ServiceError, ShapeMismatch, Unavailable
+from service.generate import generate
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
@@ -20,10 +23,12 @@ from service.predict import Sequences
 from service.repository import Broken
 from service.rpc.answers import write_prediction
 from service.rpc.codec import LanePlan, empty_tensor, lengths_of, model_message
+from service.rpc.generation import read_generate, timeout_of, write_made, write_started
 from service.rpc.handoff import Handoff, Mover
-from service.rpc.requests import Opening, priority_of, read_open, read_request
+from service.rpc.requests import Opening, check_driven, priority_of, read_open, read_request
 from service.rpc.stream import Stream
 
+log = logging.getLogger(__name__)
 _SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"]
 SERVICE_NAME = _SERVICE.full_name
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -89,6 +94,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
     async def Predict(self, request: pb.PredictRequest, context: Context) -> bytes:
         """Run whole sequences. Returns a serialised PredictResponse."""
         lane = self._engine.lane(request.model, request.version)
+        check_driven(lane)
         plan = self.plan(lane)
         outputs = plan.pick_outputs(request.outputs)
         data, num_rows, states = plan.read(request.inputs, "inputs")
@@ -98,6 +104,8 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         for name, values in states.items():
             if len(values) != len(lengths):
                 raise ShapeMismatch(f"{name} has {len(values)} rows for {len(lengths)} sequences", field="inputs")
+        if missing := [name for name in plan.constants if name not in states]:
+            raise InvalidInput(f"input {missing[0]} is missing: one row a sequence", field="inputs")
         if request.emit not in pb.Emit.values():
             raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
         prediction = await self._engine.predict(
@@ -110,6 +118,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
                 emit_last=request.emit == pb.EMIT_LAST,
                 return_state=request.return_state,
                 priority=priority_of(request.priority),
+                constants=[states[name] for name in plan.constants],
             ),
         )
         tensors = []
@@ -123,6 +132,31 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             tensors.append((empty_tensor(state, values), values))
         header = pb.PredictResponse(model=lane.name, version=lane.version, digest=lane.backend.digest)
         return write_prediction(header, tensors)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        """Make outputs one after another, and answer them as they are made."""
+        lane = self._engine.lane(request.model, request.version)
+        plan = self.plan(lane)
+        asked = read_generate(plan, request)
+        timeout_s = timeout_of(request)
+        clock = asyncio.get_running_loop().time
+        ends_at = None if timeout_s is None else clock() + timeout_s
+        try:
+            async with aclosing(generate(self._engine, lane, asked)) as parts:
+                await context.write(write_started(lane, asked))
+                while True:
+                    try:
+                        async with asyncio.timeout_at(ends_at):  # not of writing: no status could be sent after it
+                            made = await anext(parts, None)
+                    except TimeoutError:
+                        made = None
+                    if ends_at is not None and clock() >= ends_at:
+                        raise DeadlineExpired(f"not all was made within the request's timeout, {timeout_s:g} s")
+                    if made is None:
+                        return
+                    await context.write(write_made(plan, asked, made))
+        except grpc.aio.InternalError:  # a message can't be written any more: the connection broke
+            log.debug("a client of %s is gone", lane.name)
 
     async def StreamPredict(self, request: object, context: Context) -> None:
         """Step live sequences until the client has sent all, or is gone."""
@@ -201,7 +235,13 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             for method in _SERVICE.methods
             if not method.server_streaming
         }
-        return {**unary, "StreamPredict": grpc.stream_stream_rpc_method_handler(self.StreamPredict)}
+        generating: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
+            self.Generate,
+            request_deserializer=pb.GenerateRequest.FromString,
+            response_serializer=pb.GenerateResponse.SerializeToString,
+        )
+        streaming: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(self.StreamPredict)
+        return {**unary, "Generate": generating, "StreamPredict": streaming}
 
     def forget(self, lane: Lane) -> None:
         """Keep nothing of a version."""

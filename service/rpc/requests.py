@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from models.spec import StepMode
 from service.config import Settings
-from service.errors import InvalidInput, NotSteppable, ShapeMismatch
+from service.errors import InvalidInput, NotSteppable, OnlyGenerates, ShapeMismatch
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.policies import Priority
@@ -55,7 +55,10 @@ def read_request(raw: bytes) -> pb.StreamPredictRequest:
 
 def check_step_mode(lane: Lane, request: pb.StreamOpen) -> None:
     """Raise NotSteppable, with the reason, where a stream wants a mode that the model does not support."""
+    check_driven(lane)
     wanted = request.step_mode
+    if lane.step_mode is StepMode.GENERATIVE and wanted == pb.STEP_MODE_STEPPING:
+        return  # the caller chooses the ids
     if wanted == pb.STEP_MODE_UNSPECIFIED or wanted == STEP_MODES[lane.step_mode]:
         return
     if wanted not in pb.StepMode.values():
@@ -70,6 +73,12 @@ def check_step_mode(lane: Lane, request: pb.StreamOpen) -> None:
         f"{lane.name} can't be driven by {name}, only by {lane.step_mode.value}: {lane.step_mode_reason}; {advice}",
         field="step_mode",
     )
+
+
+def check_driven(lane: Lane) -> None:
+    """Raise OnlyGenerates for a model whose steps a caller can't give: it takes none, or goes on from an encoder."""
+    if lane.encoder is not None or not lane.step_inputs:
+        raise OnlyGenerates(f"{lane.name} can't be given steps: {lane.step_mode_reason}", field="model")
 
 
 def priority_of(value: int) -> Priority:

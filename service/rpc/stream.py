@@ -133,17 +133,18 @@ class Stream:
                 self._tell_opened(opened)
         handles = list(frame.handles) or ([0] if frame.tensors else [])
         try:
-            steps, states, terms = self._check(frame, handles)
+            steps, once, terms = self._check(frame, handles)
         except ServiceError as error:
             self._reject_all(handles, error, frame)
             return
         for index, session in enumerate(terms):
             if index and index % SLICE == 0:
                 yield
-            opened = self._open(session)
+            opened = self._open(session, self._plan.given(once, index))
             if not opened.HasField("status") and not opened.resumed:
-                for state, rows in states.items():
-                    lane.slab.write(link.sessions[opened.handle].slot, state, rows[index])
+                for state, name in enumerate(self._plan.states):
+                    if name in once:
+                        lane.slab.write(link.sessions[opened.handle].slot, state, once[name][index])
             self._tell_opened(opened)
         for handle, position in zip(handles, frame.acked_positions, strict=False):
             if handle in link.sessions:
@@ -183,17 +184,16 @@ class Stream:
         self._waiting.append(pb.StreamPredictResponse(drain=pb.StreamDrain(grace=grace)).SerializeToString())
         self._wake()
 
-    def _check(self, frame: pb.StreamFrame, handles: list[int]) -> tuple[Steps | None, dict[int, Array], list[Terms]]:
-        """Check all that can be checked without touching a session. Raises InvalidInput and its kin."""
+    def _check(self, frame: pb.StreamFrame, handles: list[int]) -> tuple[Steps | None, dict[str, Array], list[Terms]]:
+        """Check without touching a session: (steps, what opens are given by name, their terms). Raises ServiceError."""
         limit = self._lane.settings.max_steps_per_message
         if len(frame.opens) + len(frame.closes) > limit:
             raise Exhausted(f"more opens and closes in one message than max_steps_per_message allows, {limit}")
         terms = [terms_of(session, self._lane.settings) for session in frame.opens]
-        inputs, num_rows, states = self._plan.read(frame.tensors, "tensors")
-        for name, rows in states.items():
+        inputs, num_rows, once = self._plan.read(frame.tensors, "tensors")
+        for name, rows in once.items():
             if len(rows) != len(terms):
                 raise ShapeMismatch(f"{name} has {len(rows)} rows for {len(terms)} opens", field="tensors")
-        by_index = {list(self._plan.states).index(name): rows for name, rows in states.items()}
         num = len(handles)
         if len(set(handles)) < num:
             raise InvalidInput("a handle stands in a frame at most once", field="handles")
@@ -206,13 +206,13 @@ class Stream:
         if not inputs:
             if frame.lengths:
                 raise ShapeMismatch("lengths without tensors", field="lengths")
-            return None, by_index, terms
+            return None, once, terms
         if not num:
             raise InvalidInput("steps without handles: name the sessions that they are for", field="handles")
         steps = Steps(self._link, [], list(frame.positions) or None, lengths_of_frame(frame, num, num_rows), inputs)
         if frame.HasField("timeout"):
             steps.deadline = self._engine.clock() + frame.timeout.ToNanoseconds() / 1e9
-        return steps, by_index, terms
+        return steps, once, terms
 
     def _terms_in(self, frame: pb.StreamFrame) -> list[Terms]:
         """What a frame asks of the sessions that it opens: nothing if it is malformed."""
@@ -221,12 +221,12 @@ class Stream:
         except ServiceError:
             return []
 
-    def _open(self, terms: Terms) -> pb.SessionOpened:
+    def _open(self, terms: Terms, given: list[Array] | None = None) -> pb.SessionOpened:
         link, now = self._link, self._engine.clock()
         handle = link.num_opened
         try:
             self._engine.check_open(self._lane)
-            handle, position, was_live = self._open_session(link, terms, now)
+            handle, position, was_live = self._open_session(link, terms, now, given)
         except ServiceError as error:
             link.num_opened = handle + 1
             return pb.SessionOpened(handle=handle, session_id=terms.session_id, status=status_of(error))

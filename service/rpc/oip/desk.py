@@ -143,6 +143,7 @@ class Desk:
     # ---- whole sequences --------------------------------------------------------------------------------------------
 
     def _predict(self, request: pb.ModelInferRequest, options: Options, inference: Inference, lane: Lane) -> None:
+        _check_contexts(lane)
         if lane.step_mode is StepMode.GENERATIVE:
             raise NotSteppable(f"{lane.name} can't be called by this protocol: {lane.step_mode_reason}")
         plan, counts = self.plan(lane)
@@ -189,6 +190,7 @@ async def _guarded(inference: Inference, act: Coroutine[None, None, None]) -> No
 
 
 def _check_steppable(lane: Lane) -> None:
+    _check_contexts(lane)
     if lane.step_mode in (StepMode.BUFFERED, StepMode.GENERATIVE):
         advice = (
             "; send the whole sequence in one request without sequence_id"
@@ -211,5 +213,14 @@ def _check_one_sequence(given: Given) -> None:
         raise InvalidInput(
             f"{next(iter(given.states))}: the server keeps the states of a sequence; leave them out, or leave "
             "sequence_id out and keep them yourself",
+            field="inputs",
+        )
+
+
+def _check_contexts(lane: Lane) -> None:
+    if lane.constants is not None and lane.step_mode is not StepMode.GENERATIVE:
+        raise NotSteppable(
+            f"{lane.name} takes {', '.join(lane.constants.names)} once a sequence, which this protocol can't carry: "
+            "call rnnserve.v1",
             field="inputs",
         )
