@@ -114,9 +114,9 @@ def test_gate_refuses_a_head_off_by_little(exported):
     assert 1e-5 < error.error < 1e-4
 
 
-def amplifying_net(gain, cell="rnn", seed=0):
+def amplifying_net(gain, cell="rnn"):
     """A net whose recurrent weights make more of every rounding error, step by step."""
-    net = make_net(make_task(), cell=cell, layers=2, seed=seed)
+    net = make_net(make_task(), cell=cell, layers=2)
     with torch.no_grad():
         for layer in net.recurrent:
             layer.rnn.weight_hh_l0.mul_(gain)
@@ -124,7 +124,7 @@ def amplifying_net(gain, cell="rnn", seed=0):
 
 
 def test_gate_allows_what_rounding_does_to_torch_itself():
-    net = amplifying_net(5, cell="lstm")
+    net = amplifying_net(3, cell="lstm")
     files, spec = export_net(net, make_task(), TRAINING)
     model = onnx.load_from_string(files[MODEL_FILE])
     assert 1e-5 < spec.parity.tolerance < 1e-4
@@ -135,7 +135,7 @@ def test_gate_allows_what_rounding_does_to_torch_itself():
 
 def test_gate_refuses_a_net_whose_answers_are_all_rounding():
     with pytest.raises(ParityError, match="allowed is 1e-03"):
-        export_net(amplifying_net(2.5, seed=8), make_task(), TRAINING)
+        export_net(amplifying_net(6), make_task(), TRAINING)
 
 
 def test_gate_is_deterministic(exported):
