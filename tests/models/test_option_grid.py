@@ -7,7 +7,8 @@ import torch
 
 from models.constraints import constrained, penalty_of
 from models.options import parse_constraint, parse_regularizer
-from tests.option_grid import IS_NATIVE, TOLERANCE, Case, crossed_cases, measure, option_cases
+from tests.option_grid import IS_NATIVE, TOLERANCE, Case, Measured, crossed_cases, measure, option_cases
+from tests.options_table import PAGE, page, table_cases
 
 SAMPLE = [
     Case("rnn"),
@@ -72,3 +73,13 @@ def test_constraints_are_keras(text, theirs):
     weights = 2 * torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     wanted = keras.ops.convert_to_numpy(theirs(weights))
     np.testing.assert_allclose(constrained(parse_constraint(text), weights).numpy(), wanted, atol=1e-6)
+
+
+def test_page_has_every_option_in_its_form():
+    """docs/options.md is what `make options` would write, if every difference is as small as it says."""
+    fine = {form: Measured(form, 0.0, 0.0, 0.0, 0.0) for form in ("operator", "decomposed", "unrolled")}
+    rows = [
+        (option, value, {case.cell: fine[expected_form(case)] for case in cases})
+        for option, value, cases in table_cases()
+    ]
+    assert PAGE.read_text() == page(rows)
