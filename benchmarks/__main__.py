@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import budgets, perf_analyzer, pressure, ramps
+from benchmarks import budgets, generation, perf_analyzer, pressure, ramps
 from benchmarks.measure import FEATURES, MODELS, OUTPUTS, Result, Settings, model_name
 from benchmarks.report import JSON, PICTURE, draw, line, machine, write_json
 from tests.onnx_models import build
@@ -32,6 +32,7 @@ SECTIONS: dict[str, list[Callable[[Path, Settings], Iterator[Result]]]] = {
     "Ramps of one-step messages": [ramps.closed_ramp, ramps.open_ramp],
     "Messages of every shape, beside onnxruntime alone and a bare echo": [ramps.shapes, ramps.raw_costs],
     "Every cell and size": [ramps.models],
+    "Outputs that a model makes by itself": [generation.generate],
     "What more threads and workers give": [ramps.cores],
     "The Open Inference Protocol, under Triton's load tester": [perf_analyzer.perf_analyzer],
 }

@@ -51,10 +51,12 @@ def predict(
     Prints the label and its probability for a classifier, else the values of every step: name, step, values, with tabs
     between.
     """
+    from service.client._codec import check_predicts
     from service.client._files import read_sequences, read_text
 
     with client_of(options) as client:
         info = client.model(model, model_version, timeout=timeout)
+        check_predicts(info)
         sequences: list[tuple[str, Step]]
         if is_text:
             sequences = [(text, read_text(text, info)) for text in files]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service import tensors
-from service.client.errors import InvalidArgument, ProtocolError
+from service.client.errors import FailedPrecondition, InvalidArgument, ProtocolError
 from service.client.info import Emit, Layout, ModelInfo, Prediction, Priority, StateInfo, TensorInfo
 from service.errors import ServiceError
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
@@ -150,6 +150,13 @@ def array_of(message: pb.Tensor, info: TensorInfo | StateInfo | None) -> Array:
         raise ProtocolError(f"the answer's tensor {message.name!r}: {error}") from error
 
 
+def check_predicts(info: ModelInfo) -> None:
+    """Raise FailedPrecondition for a model that takes no steps of a caller's own, or none without a source."""
+    generation = info.generation
+    if generation is not None and (generation.source_inputs or not generation.token_input):
+        raise FailedPrecondition(f"model {info.name} makes its outputs by itself: call generate (rnnserve generate)")
+
+
 def predict_request(
     info: ModelInfo,
     xs: Sequences,
@@ -168,6 +175,7 @@ def predict_request(
     states  [sequences, directions, hidden] by name; zeros where absent
     Returns the request and the steps of each sequence. Raises InvalidArgument.
     """
+    check_predicts(info)
     request = pb.PredictRequest(
         model=info.name,
         version=version,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.client import FailedPrecondition, GenerationInfo, InvalidArgument, ProtocolError, TensorInfo
+from service.client import FailedPrecondition, GenerationInfo, InvalidArgument, ProtocolError, TensorInfo, _codec
 from service.client._generation import Collector, GenerateTerms, generate_request, values_of
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from tests.client.toy import SUM
@@ -125,6 +125,14 @@ def test_what_makes_no_sense_is_said_before_it_is_sent(info, arguments, said):
 def test_a_model_that_does_not_generate_says_what_it_does():
     with pytest.raises(FailedPrecondition, match="sum does not generate: it is stepping; call predict"):
         request(SUM, [[1.0]])
+
+
+@pytest.mark.parametrize("info", [SPOKEN, CURVES])
+def test_what_makes_its_outputs_by_itself_is_not_predicted_with(info):
+    with pytest.raises(FailedPrecondition, match="makes its outputs by itself: call generate"):
+        _codec.predict_request(info, ["hi"])
+    request, lengths = _codec.predict_request(NAMES, [[1, 2]])
+    assert (request.inputs[0].name, lengths) == ("token", [2])
 
 
 def test_values_are_read_by_place_and_by_name():
