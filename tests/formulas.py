@@ -67,7 +67,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "sparse_sigmoid": lambda x: np.clip((x + 1) / 2, 0, 1),
     "squareplus": lambda x: (x + np.sqrt(x**2 + 4)) / 2,
     "softmax": softmax,
-    "log_softmax": lambda x: np.log(softmax(x)),
+    "log_softmax": lambda x: x - np.logaddexp.reduce(x, axis=-1, keepdims=True),
 }
 
 

@@ -106,7 +106,8 @@ def _draw_weights(case: Case, rng: np.random.Generator) -> list[list[Weights]]:
         directions = [Weights.random(rng, case.cell, inputs, HIDDEN) for _ in range(1 + case.bidirectional)]
         if not (case.cell == "gru" and case.options.reset_after):  # elsewhere Keras has one bias
             directions = [Weights(w.w_ih, w.w_hh, w.b_ih, np.zeros_like(w.b_hh)) for w in directions]
-        if "exponential" in case.settings.values():  # exponentials of exponentials soon leave float32
+        # Exponentials of exponentials soon leave float32, and gates without a lower bound soon use up its digits.
+        if {"exponential", "log_softmax"} & set(case.settings.values()):
             directions = [Weights(*(0.1 * each for each in (w.w_ih, w.w_hh, w.b_ih, w.b_hh))) for w in directions]
         layers.append(directions)
         inputs = HIDDEN * (2 if case.bidirectional and case.options.merge_mode == "concat" else 1)
