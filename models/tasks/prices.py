@@ -2,7 +2,7 @@
 
 Source: see data/README.md. Splits are by time of the day that is asked for: the first 70% of the days train (until
 2010), the next 15% validate, the last 15% test. Windows overlap: one for every day that validates or tests, for every
-fourth to train. A window holds what was known before the day that is asked for, and nothing of it, so a backward layer
+fifth to train. A window holds what was known before the day that is asked for, and nothing of it, so a backward layer
 may read it too.
 
 The recipe is a form that is often taught: two layers of 100 units, dropout of 0.2 between them and after them, one
@@ -19,7 +19,7 @@ from models.tasks.base import Array, Split, Task, per_step, read
 
 WINDOW = 20
 """Trading days that a forecast is made from."""
-STRIDE = 4
+STRIDE = 5
 """Days from one window to train on to the next one."""
 DATA_SET = "Europe Brent spot price FOB, daily, May 1987 to August 2019 (U.S. Energy Information Administration)"
 
@@ -45,7 +45,15 @@ def task() -> Task:
         validation=split(validation),
         test=split(test),
         recipe=Recipe(
-            cell="lstm", hidden=100, layers=2, output_dropout=0.2, batch_size=32, lr=1e-3, epochs=30, patience=10
+            cell="lstm",
+            hidden=100,
+            layers=2,
+            output_dropout=0.2,
+            batch_size=32,
+            lr=3e-3,
+            schedule="cosine",
+            epochs=16,
+            patience=16,
         ),
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from models import claims, record, results, tasks
 from models.recipe import Recipe
-from models.records import Claims, Record, Row, RunRecord, Trial
+from models.records import Claims, Record, Row, RunRecord, Trial, recorded
 from models.tasks.base import read
 from tests.models.conftest import make_task
 
@@ -102,11 +103,48 @@ def test_unknown_variant_names_the_known_ones(sines, tmp_path):
 
 def test_plans_name_tasks_and_recipes_that_there_are():
     assert {*record.PLANS} == {*tasks.NAMES}
-    for name, plan in record.PLANS.items():
+    for plan in record.PLANS.values():
         for settings in plan.variants.values():
             Recipe().changed(**settings)
-        if tasks.load(name).topology == "many-to-one":
-            assert list(plan.variants) == ["RNN", "LSTM", "GRU", "BiRNN", "BiLSTM", "BiGRU"]
+    for name in ("vowels", "names", "prices"):
+        assert list(record.PLANS[name].variants) == ["RNN", "LSTM", "GRU", "BiRNN", "BiLSTM", "BiGRU"]
+    assert record.PLANS["prices"].seeds == 5
+
+
+# What ships
+
+
+@pytest.mark.parametrize("name", recorded())
+def test_record_is_of_the_recipe_that_ships(name):
+    found, plan, task = Record.read(name), record.PLANS[name], tasks.load(name)
+    assert [row.name for row in found.rows] == list(plan.variants)
+    for row in found.rows:
+        recipe = task.recipe.changed(**plan.variants[row.name]).to_dict()
+        del recipe["seed"]
+        assert row.recipe == recipe, row.name
+        assert [run.seed for run in row.runs] == list(range(plan.seeds))
+    assert (found.metric, found.topology, found.summary) == (task.metric, task.topology, task.summary)
+
+
+def test_budgets_of_accuracy_and_error():
+    vowels, waterflow, names = (Record.read(name) for name in ("vowels", "waterflow", "names"))
+    assert {row.name: row.over_seeds("accuracy")[0] for row in vowels.rows}["GRU"] >= 0.97
+    assert list(waterflow.baselines) == [
+        "persistence: no change",
+        "the same hour yesterday",
+        "the present flow and yesterday's change",
+    ]
+    [gru] = [row for row in waterflow.rows if row.name == "GRU"]
+    assert gru.over_seeds("mae")[2] < waterflow.best_baseline[1]
+    assert names.best_baseline[1] < max(row.over_seeds("balanced_accuracy")[0] for row in names.rows)
+
+
+def test_results_page_is_what_the_records_say():
+    done = CliRunner().invoke(results.main, ["--check"])
+    assert done.exit_code == 0, done.output
+    page = (results.DOCS / "results.md").read_text()
+    for name in re.findall(r"!\[.*\]\((.*)\)", page):
+        assert (results.DOCS / name).read_bytes().startswith(b"\x89PNG")
 
 
 # The page
@@ -144,6 +182,16 @@ def test_more_is_better_for_scores():
     scored = made_record(made_row("GRU", 9.5, 8.5), made_row("RNN", 10.0), is_more_better=True)
     assert scored.best_baseline == ("guess", 9.0)
     assert "- RNN beats the best of the baselines (guess, 9.000) with every seed." in results.page([scored], None)
+
+
+def test_check_finds_a_page_that_is_old(tmp_path, monkeypatch):
+    (tmp_path / "results.md").write_text("old")
+    monkeypatch.setattr(results, "DOCS", tmp_path)
+    done = CliRunner().invoke(results.main, ["--check"])
+    assert (done.exit_code, "run `python -m models.results`" in done.stderr) == (1, True)
+    assert CliRunner().invoke(results.main, []).exit_code == 0
+    assert CliRunner().invoke(results.main, ["--check"]).exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"results.md", "curves.png", "claims.png"}
 
 
 # Claims
@@ -216,7 +264,7 @@ def test_prices_are_asked_for_by_what_was_known_before():
     task = tasks.load("prices")
     borders = (20, 5736, 6965, 8195)
     for split, start, end, stride in zip(
-        (task.train, task.validation, task.test), borders, borders[1:], (4, 1, 1), strict=False
+        (task.train, task.validation, task.test), borders, borders[1:], (5, 1, 1), strict=False
     ):
         asked = range(start, end, stride)
         assert len(split) == len(asked)
