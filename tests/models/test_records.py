@@ -45,7 +45,7 @@ def made_row(name, *values, metric="mae"):
             epochs=4 + seed,
             best_epoch=3,
             cpu_seconds=2.0,
-            validation={"loss": 1.0, metric: value + 1},
+            validation={"loss": 5.0 + value, metric: 9.0 - value},
             test={"loss": 0.5, metric: value, "rmse": 2 * value},
             curve=[3.0, value],
         )
@@ -182,6 +182,8 @@ def test_more_is_better_for_scores():
     scored = made_record(made_row("GRU", 9.5, 8.5), made_row("RNN", 10.0), is_more_better=True)
     assert scored.best_baseline == ("guess", 9.0)
     assert "- RNN beats the best of the baselines (guess, 9.000) with every seed." in results.page([scored], None)
+    as_good = made_record(made_row("GRU", 9.0), is_more_better=True)
+    assert "- **Nothing beats the best of the baselines (guess, 9.000).**" in results.page([as_good], None)
 
 
 def test_check_finds_a_page_that_is_old(tmp_path, monkeypatch):
