@@ -28,7 +28,7 @@ from models.records import CLAIMS, LEARNED_MSE, RECORDS, Claims, Trial
 from models.runs import versions, write_whole
 from models.spec import Cell
 
-LENGTHS = (10, 20, 50, 100)
+LENGTHS = (10, 30, 100)
 LEARNING_RATES = (1e-2, 2e-3)
 """Tried in this order until a net has learned it, as the validation sequences say; else the best of them counts."""
 SEEDS = 3
