@@ -85,7 +85,7 @@ def rejected(lane: Lane) -> int:
     "load",
     [
         Load(streams=6, steps=20, rate=1000.0),
-        Load(kind="frames", streams=3, sessions=30, rate=1000.0),
+        Load(kind="frames", streams=3, sessions=50, rate=1000.0),
         Load(kind="frames", sessions=60),
     ],
 )

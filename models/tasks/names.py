@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.options import PRESETS
 from models.recipe import Recipe
 from models.spec import Layout, TensorSpec
 from models.tasks.base import Array, Categorical, Split, Task, per_step, read
@@ -73,7 +72,7 @@ def task() -> Task:
         train=split(0),
         validation=split(1),
         test=split(2),
-        recipe=Recipe(hidden=64, output_dropout=0.3, lr=3e-3, epochs=60, patience=10).changed(**PRESETS["torch"]),
+        recipe=Recipe(hidden=64, output_dropout=0.3, lr=3e-3, epochs=60, patience=10),
     )
 
 

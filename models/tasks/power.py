@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.options import PRESETS
 from models.recipe import Recipe
 from models.spec import Generation, Layout, TensorSpec
 from models.tasks.base import Array, per_step, read
@@ -51,7 +50,7 @@ def task() -> CurveTask:
         train=train.take(np.flatnonzero(~validates).tolist()),
         validation=train.take(np.flatnonzero(validates).tolist()),
         test=test,
-        recipe=Recipe(hidden=32, epochs=400, patience=150, batch_size=16, lr=1e-2).changed(**PRESETS["torch"]),
+        recipe=Recipe(hidden=32, epochs=400, patience=150, batch_size=16, lr=1e-2),
     )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.options import PRESETS
 from models.recipe import Recipe
 from models.tasks.base import Array, Split, Task, per_step, read
 
@@ -59,9 +58,7 @@ def task() -> Task:
         train=_asked(_windows(_unbroken(arrays["utc_s"][:first], steps[:first])), {}),
         validation=whole(slice(first, second)),
         test=whole(slice(second, None)),
-        recipe=Recipe(hidden=32, output_dropout=0.3, batch_size=16, lr=5e-3, epochs=150, patience=30).changed(
-            **PRESETS["torch"]
-        ),
+        recipe=Recipe(hidden=32, output_dropout=0.3, batch_size=16, lr=5e-3, epochs=150, patience=30),
     )
 
 

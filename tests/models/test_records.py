@@ -106,7 +106,7 @@ def test_plans_name_tasks_and_recipes_that_there_are():
     for plan in record.PLANS.values():
         for settings in plan.variants.values():
             Recipe().changed(**settings)
-    for name in ("vowels", "names", "prices"):
+    for name in ("vowels", "prices"):
         assert list(record.PLANS[name].variants) == ["RNN", "LSTM", "GRU", "BiRNN", "BiLSTM", "BiGRU"]
     assert record.PLANS["prices"].seeds == 5
 
@@ -287,5 +287,5 @@ def test_returns_are_changes_of_the_logarithm_in_percent():
     np.testing.assert_allclose(last[0], 100 * np.log(price[-21:-1] / price[-22:-2]), rtol=1e-4, atol=1e-5)
     told = task.baselines(task.test)["persistence: no change"]["mae"]
     assert told == pytest.approx(np.mean([abs(float(t[0])) for t in task.test.targets]))
-    assert task.recipe == tasks.load("prices").recipe
+    assert task.recipe == tasks.load("prices").recipe.changed(epochs=8, patience=8)
     assert (task.recipe.layers, task.recipe.hidden) == (2, 100)
