@@ -263,7 +263,7 @@ def draw_curves(records: Sequence[Record]) -> bytes:
     columns = min(3, len(records))
     lines = -(-len(records) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, record in zip(axes, records, strict=False):
         for row in record.rows:
             curve = row.median_run(record.metric).curve
@@ -274,7 +274,7 @@ def draw_curves(records: Sequence[Record]) -> bytes:
         axis.set_ylabel(_metric(record), fontsize="small")
         axis.set_xlabel("epoch", fontsize="small")
         axis.legend(fontsize="x-small")
-    for axis in list(axes)[len(records) :]:
+    for axis in axes[len(records) :]:
         axis.set_axis_off()
     return _png(figure)
 
