@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
-from google.protobuf import message_factory
 
 from service.engine import Engine
 from service.errors import DeadlineExpired, InvalidInput, ServiceError, ShapeMismatch, Unavailable
@@ -24,6 +23,7 @@ from service.repository import Broken
 from service.rpc.answers import write_prediction
 from service.rpc.codec import LanePlan, empty_tensor, lengths_of, model_message
 from service.rpc.generation import read_generate, timeout_of, write_made, write_started
+from service.rpc.handlers import unary_handlers
 from service.rpc.handoff import Handoff, Mover
 from service.rpc.requests import Opening, check_driven, priority_of, read_open, read_request
 from service.rpc.stream import Stream
@@ -224,17 +224,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Every method by its name; those that carry tensors write bytes, and StreamPredict reads them too."""
-        unary = {
-            method.name: grpc.unary_unary_rpc_method_handler(
-                getattr(self, method.name),
-                request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
-                response_serializer=None
-                if method.name == "Predict"
-                else message_factory.GetMessageClass(method.output_type).SerializeToString,
-            )
-            for method in _SERVICE.methods
-            if not method.server_streaming
-        }
+        unary = unary_handlers(_SERVICE, self, write_bytes={"Predict"})
         generating: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
             self.Generate,
             request_deserializer=pb.GenerateRequest.FromString,

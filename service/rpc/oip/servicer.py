@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf import message_factory
 
 from service.engine import Engine
 from service.errors import InvalidInput, ModelNotFound, ServiceError, Unimplemented
@@ -16,6 +15,7 @@ from service.events import Event, Link
 from service.pb.inference import inference_pb2 as pb
 from service.pb.inference import inference_pb2_grpc as pb_grpc
 from service.rpc.catalog import Catalog
+from service.rpc.handlers import unary_handlers
 from service.rpc.handoff import Handoff
 from service.rpc.oip.describe import EXTENSIONS, config_of, index_of, metadata_of
 from service.rpc.oip.desk import Desk
@@ -161,17 +161,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Every method by its name; those that carry tensors write bytes, and ModelStreamInfer reads them too."""
-        unary = {
-            method.name: grpc.unary_unary_rpc_method_handler(
-                getattr(self, method.name),
-                request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
-                response_serializer=None
-                if method.name == "ModelInfer"
-                else message_factory.GetMessageClass(method.output_type).SerializeToString,
-            )
-            for method in _SERVICE.methods
-            if not method.client_streaming
-        }
+        unary = unary_handlers(_SERVICE, self, write_bytes={"ModelInfer"})
         refusals: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(_refusal(name, what)) for name, what in ABSENT.items()
         }
