@@ -262,6 +262,8 @@ def test_an_interrupted_stream_ends_quietly(address):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # What is started in the background of a shell ignores Ctrl-C, and so does what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         process.stdin.write("1,2,3\n")
