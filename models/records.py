@@ -37,7 +37,7 @@ class RunRecord(_Part):
     best_epoch: int
     """The epoch that was kept."""
     cpu_seconds: float
-    """Seconds of one thread for the run as a whole, evaluation too; an idle core takes as long by the clock."""
+    """Seconds of one thread for the run as a whole, evaluation too; a busy machine takes more."""
     validation: dict[str, float]
     """Metrics on the validation split."""
     test: dict[str, float]
