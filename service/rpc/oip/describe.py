@@ -11,7 +11,7 @@ from models.spec import Layout, StepMode, TensorSpec
 from service.lane import Lane
 from service.pb.inference import inference_pb2 as pb
 from service.policies import Priority
-from service.rpc.oip.tensors import DATATYPES
+from service.rpc.oip.contents import DATATYPES
 
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 EXTENSIONS = ("sequence", "schedule_policy", "model_configuration", "statistics", "model_repository", "parameters")

@@ -143,7 +143,6 @@ class Desk:
     # ---- whole sequences --------------------------------------------------------------------------------------------
 
     def _predict(self, request: pb.ModelInferRequest, options: Options, inference: Inference, lane: Lane) -> None:
-        _check_contexts(lane)
         if lane.step_mode is StepMode.GENERATIVE:
             raise NotSteppable(f"{lane.name} can't be called by this protocol: {lane.step_mode_reason}")
         plan, counts = self.plan(lane)
@@ -157,8 +156,9 @@ class Desk:
             outputs=[index for index in outputs if index < len(plan.outputs)],
             return_state=any(index >= len(plan.outputs) for index in outputs),
             priority=options.priority,
+            constants=[given.contexts[name] for name in plan.contexts],
         )
-        inference.num_bytes += plan.step_bytes * given.form.num_steps * (given.form.num_sequences or 1)
+        inference.num_bytes += plan.step_bytes * given.form.num_rows
         self._do(inference, self._run(plan.lane, sequences, given, options, inference))
 
     async def _run(
@@ -220,7 +220,7 @@ def _check_one_sequence(given: Given) -> None:
 def _check_contexts(lane: Lane) -> None:
     if lane.constants is not None and lane.step_mode is not StepMode.GENERATIVE:
         raise NotSteppable(
-            f"{lane.name} takes {', '.join(lane.constants.names)} once a sequence, which this protocol can't carry: "
-            "call rnnserve.v1",
+            f"{lane.name} takes {', '.join(lane.constants.names)} once a sequence, which steps of this protocol can't "
+            "carry: send the whole sequence in one request without sequence_id, or call rnnserve.v1",
             field="inputs",
         )

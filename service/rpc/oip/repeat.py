@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from service.pb.inference import inference_pb2 as pb
+from service.rpc.oip.contents import Form
 from service.rpc.oip.options import Options
 from service.rpc.oip.sequences import Sequence
-from service.rpc.oip.tensors import Form
 from service.rpc.repeat import varint
 
 MAX_MISSES = 1024
