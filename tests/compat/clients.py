@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 def tensor(name, values):
     """An input of a tritonclient."""
-    kind = {"float32": "FP32", "int32": "INT32"}[values.dtype.name]
+    kind = {"float32": "FP32", "int32": "INT32", "int64": "INT64"}[values.dtype.name]
     made = triton.InferInput(name, list(values.shape), kind)
     made.set_data_from_numpy(values)
     return made
@@ -139,6 +139,32 @@ def stream(target, given):
     return found, {"steps": np.array(timelines), "whole": whole.as_numpy("y")[0]}
 
 
+def generate(target, given):
+    """A model that makes its outputs by itself: all at once, and as they are made."""
+    client = triton.InferenceServerClient(target)
+    prompts = [tensor("token", given["prompts"])]
+    whole = client.infer("names", prompts)
+    drawn = client.infer("names", prompts, parameters={"temperature": 0.8, "top_k": 3, "seed": 7})
+    answers = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    client.async_stream_infer("names", prompts, enable_empty_final_response=True)
+    made, is_last = {}, False
+    while not is_last:
+        result, error = answers.get(timeout=30)
+        assert error is None, error
+        parameters = result.get_response().parameters
+        made.setdefault(parameters["sequence"].int64_param, []).extend(result.as_numpy("ids")[0].tolist())
+        is_last = parameters["triton_final_response"].bool_param
+    client.stop_stream()
+    found = {
+        "text": [text.decode() for text in whole.as_numpy("text")],
+        "drawn": [text.decode() for text in drawn.as_numpy("text")],
+        "streamed": [made[number] for number in range(len(made))],
+        "decoupled": client.get_model_config("names", as_json=True)["config"]["model_transaction_policy"]["decoupled"],
+    }
+    return found, {"ids": whole.as_numpy("ids"), "lengths": whole.as_numpy("lengths")}
+
+
 def aio(target, given):
     """The client on asyncio: unary calls at once, and a stream."""
 
@@ -196,8 +222,7 @@ def reflection(target, given):
 if __name__ == "__main__":
     part, target, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     with np.load(folder / "given.npz") as arrays:
-        facts, outputs = {"sync": sync, "future": future, "stream": stream, "aio": aio, "reflection": reflection}[part](
-            target, dict(arrays)
-        )
+        parts = (sync, future, stream, generate, aio, reflection)
+        facts, outputs = {each.__name__: each for each in parts}[part](target, dict(arrays))
     np.savez(folder / "found.npz", **outputs)
     (folder / "found.json").write_text(json.dumps({**facts, "grpc": grpc.__version__}))

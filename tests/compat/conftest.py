@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.measure import FEATURES, HIDDEN, OUTPUTS
 from benchmarks.processes import Process, rnnserve
+from tests.generating import save, tokens
 from tests.onnx_models import build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,11 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model that steps, and one that needs whole sequences."""
+    """One model that steps, one that needs whole sequences, and one that generates."""
     root = tmp_path_factory.mktemp("models")
     sizes = {"features": FEATURES, "hidden": HIDDEN, "outputs": OUTPUTS}
     build("lstm", **sizes).save(root, "steps")
     build("gru", bidirectional=True, **sizes).save(root, "whole")
+    save(tokens(7), root, "names")
     return root
 
 

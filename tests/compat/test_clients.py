@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.processes import rnnserve
 from tests.compat.conftest import BIN, ROOT
+from tests.generating import WORDS, Oracle, save, tokens
 from tests.lanes import equal
 from tests.onnx_models import build
 from tests.rpc import run_alone
@@ -45,7 +46,7 @@ def test_blocking_client(run_client: RunClient, models: Path) -> None:
     assert found["steps batching"] == ["sequence_batching"]
     assert found["whole batching"] == ["dynamic_batching"]
     assert found["max_batch_size"] == 256
-    assert found["index"] == [{"name": name, "version": "1", "state": "READY"} for name in ("steps", "whole")]
+    assert found["index"] == [{"name": name, "version": "1", "state": "READY"} for name in ("names", "steps", "whole")]
     assert int(found["statistics"]["inference_count"]) >= 20
     assert found["id"] == "w1"
     errors = found["errors"]
@@ -75,6 +76,17 @@ def test_stream_of_sequences(run_client: RunClient, models: Path) -> None:
     equal(found["whole"], run_alone(models, "whole", xs[0]))
 
 
+def test_model_that_generates(run_client: RunClient, models: Path) -> None:
+    prompts = np.array([[2, 3], [5, 4], [6, 6]])
+    found = run_client("generate", prompts=prompts)
+    alone = [Oracle(models, "names").decode(prompt.tolist()).ids for prompt in prompts]
+    assert [row[:length].tolist() for row, length in zip(found["ids"], found["lengths"], strict=True)] == alone
+    assert found["streamed"] == alone
+    assert found["text"] == [" ".join(WORDS[each] for each in ids) for ids in alone]
+    assert found["drawn"] != found["text"]
+    assert found["decoupled"]
+
+
 def test_client_on_asyncio(run_client: RunClient, models: Path) -> None:
     xs = rows(5, 12, 10)
     found = run_client("aio", xs=xs)
@@ -98,13 +110,17 @@ def test_client_that_knows_reflection_alone(run_client: RunClient, models: Path)
 
 
 def test_page_for_users_of_triton(tmp_path: Path) -> None:
-    """The example in docs/triton.md, as it stands there."""
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "triton.md").read_text(), re.DOTALL)
+    """The examples in docs/triton.md, as they stand there, but for the letters of a smaller alphabet."""
+    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "triton.md").read_text(), re.DOTALL))
+    assert "[[8, 5, 12, 12, 15]]" in code
+    code = code.replace("[[8, 5, 12, 12, 15]]", "[[1, 3, 2]]")
     build("gru", features=12, hidden=64, outputs=9).save(tmp_path, "vowels")
+    save(tokens(11, encoder=True), tmp_path, "g2p")
     found = tmp_path / "found.npz"
     with rnnserve(tmp_path) as server:
         code = code.replace("localhost:8001", server.target)
-        code += f"np.savez({str(found)!r}, live=np.stack(live), whole=whole)\n"
+        code += "text, ids = result.as_numpy('text').astype(str), result.as_numpy('ids')\n"
+        code += f"np.savez({str(found)!r}, live=np.stack(live), whole=whole, text=text, ids=ids)\n"
         done = subprocess.run([BIN / "python", "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert not done.returncode, done.stderr
     frames = np.random.default_rng(0).standard_normal((20, 12)).astype(np.float32)
@@ -114,3 +130,5 @@ def test_page_for_users_of_triton(tmp_path: Path) -> None:
         equal(arrays["whole"][0], expected)
         equal(arrays["whole"][1, :13], expected[:13])
         assert not arrays["whole"][1, 13:].any()
+        assert arrays["ids"].size
+        assert arrays["text"].tolist() == [" ".join(WORDS[each] for each in arrays["ids"][0])]

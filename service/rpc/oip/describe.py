@@ -12,6 +12,7 @@ from service.lane import Lane
 from service.pb.inference import inference_pb2 as pb
 from service.policies import Priority
 from service.rpc.oip.contents import DATATYPES
+from service.rpc.oip.generate import Described, MakePlan
 
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 EXTENSIONS = ("sequence", "schedule_policy", "model_configuration", "statistics", "model_repository", "parameters")
@@ -25,10 +26,11 @@ def metadata_of(lane: Lane, versions: Sequence[int]) -> pb.ModelMetadataResponse
     message = pb.ModelMetadataResponse(
         name=lane.name, versions=[str(version) for version in versions], platform=PLATFORM
     )
-    for tensor in lane.graph.inputs:
-        message.inputs.add(name=tensor.name, datatype=DATATYPES[tensor.dtype], shape=(ANY, *_dims(tensor)))
-    for tensor in lane.graph.outputs:
-        message.outputs.add(name=tensor.name, datatype=DATATYPES[tensor.dtype], shape=(ANY, *_dims(tensor)))
+    inputs, outputs = _tensors(lane)
+    for name, datatype, dims in inputs:
+        message.inputs.add(name=name, datatype=datatype, shape=(ANY, *dims))
+    for name, datatype, dims in outputs:
+        message.outputs.add(name=name, datatype=datatype, shape=(ANY, *dims))
     return message
 
 
@@ -38,10 +40,12 @@ def config_of(lane: Lane) -> pb.ModelConfig:
     config = pb.ModelConfig(
         name=lane.name, platform=PLATFORM, backend=BACKEND, max_batch_size=lane.scheduler.config.max_rows
     )
-    for tensor in lane.graph.inputs:
-        config.input.add(name=tensor.name, data_type=_data_type(tensor.dtype), dims=_dims(tensor))
-    for tensor in lane.graph.outputs:
-        config.output.add(name=tensor.name, data_type=_data_type(tensor.dtype), dims=_dims(tensor))
+    inputs, outputs = _tensors(lane)
+    for name, datatype, dims in inputs:
+        config.input.add(name=name, data_type=_data_type(datatype), dims=dims)
+    for name, datatype, dims in outputs:
+        config.output.add(name=name, data_type=_data_type(datatype), dims=dims)
+    config.model_transaction_policy.decoupled = lane.step_mode is StepMode.GENERATIVE
     if lane.step_mode not in (StepMode.STEPPING, StepMode.CHUNKED):
         config.dynamic_batching.priority_levels = len(Priority)
         config.dynamic_batching.default_priority_level = Priority.NORMAL + 1  # they count from 1
@@ -59,11 +63,21 @@ def index_of(entries: Iterable[tuple[str, int, str, str]]) -> pb.RepositoryIndex
     return response
 
 
+def _tensors(lane: Lane) -> tuple[list[Described], list[Described]]:
+    """Inputs and outputs of a model, as a request and its answer have them."""
+    if lane.step_mode is StepMode.GENERATIVE:
+        return MakePlan(lane).describe()
+    inputs, outputs = (
+        [(t.name, DATATYPES[t.dtype], _dims(t)) for t in tensors] for tensors in (lane.graph.inputs, lane.graph.outputs)
+    )
+    return inputs, outputs
+
+
 def _dims(tensor: TensorSpec) -> tuple[int, ...]:
     """Shape of a tensor without the batch."""
-    has_time = tensor.layout in (Layout.PER_STEP, Layout.PER_SOURCE_STEP)
-    return (*((ANY,) if has_time else ()), *tensor.row_shape) or (1,)
+    return (*((ANY,) if tensor.layout is Layout.PER_STEP else ()), *tensor.row_shape) or (1,)
 
 
-def _data_type(dtype: str) -> pb.DataType:
-    return pb.DataType.Value(f"TYPE_{DATATYPES[dtype]}")  # type: ignore[return-value]  # values are ints
+def _data_type(datatype: str) -> pb.DataType:
+    name = "STRING" if datatype == "BYTES" else datatype
+    return pb.DataType.Value(f"TYPE_{name}")  # type: ignore[return-value]  # values are ints

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager
 
 from models.spec import StepMode
 from service.engine import Engine
 from service.errors import DeadlineExpired, InvalidInput, NotSteppable, ServiceError, ShapeMismatch
 from service.events import NEVER
+from service.generate import generate
+from service.generation import Request
 from service.lane import Lane
 from service.pb.inference import inference_pb2 as pb
 from service.policies import Priority
 from service.predict import Sequences
 from service.rpc.handoff import Handoff
+from service.rpc.oip.generate import MakePlan, Rows
 from service.rpc.oip.inference import Counts, Inference
 from service.rpc.oip.moving import Movers
 from service.rpc.oip.options import Options, read_options
@@ -144,7 +149,8 @@ class Desk:
 
     def _predict(self, request: pb.ModelInferRequest, options: Options, inference: Inference, lane: Lane) -> None:
         if lane.step_mode is StepMode.GENERATIVE:
-            raise NotSteppable(f"{lane.name} can't be called by this protocol: {lane.step_mode_reason}")
+            self._generate(request, options, inference, lane)
+            return
         plan, counts = self.plan(lane)
         given = plan.read(request)
         outputs = plan.pick_outputs(request, with_states=True)
@@ -161,14 +167,40 @@ class Desk:
         inference.num_bytes += plan.step_bytes * given.form.num_rows
         self._do(inference, self._run(plan.lane, sequences, given, options, inference))
 
+    def _generate(self, request: pb.ModelInferRequest, options: Options, inference: Inference, lane: Lane) -> None:
+        plan, counts = self.plan(lane)
+        making = MakePlan(lane)
+        asked, wanted = making.read(request, options)
+        inference.begin(plan, counts, [], wants_final=options.wants_final)
+        self._do(inference, self._make(making, asked, wanted, options, inference))
+
+    async def _make(
+        self, making: MakePlan, asked: Request, wanted: list[str], options: Options, inference: Inference
+    ) -> None:
+        """Generate: in parts as they are made, or in one answer, as the request's call can take it."""
+        request_id, ends, rows = inference.id.decode(), set[int](), Rows(asked)
+        async with _limit(options), aclosing(generate(self._engine, making.lane, asked)) as parts:
+            async for made in parts:
+                answered_at = time.perf_counter()
+                ends.update(end.sequence for end in made.ends)
+                if not inference.takes_parts:
+                    rows.take(made)
+                    continue
+                is_last = len(ends) == asked.num
+                *pieces, last = making.pieces(request_id, wanted, made, asked, is_final=is_last and options.wants_final)
+                for piece in (*pieces, *(() if is_last else (last,))):
+                    await inference.take_part(piece)
+                if is_last:
+                    inference.succeed(last, asked.num, answered_at)
+                    return
+            response = making.whole(request_id, wanted, rows, is_final=options.wants_final)
+            inference.succeed(response, asked.num, answered_at)
+
     async def _run(
         self, lane: Lane, sequences: Sequences, given: Given, options: Options, inference: Inference
     ) -> None:
-        try:
-            async with asyncio.timeout(None if options.timeout_s == NEVER else options.timeout_s):
-                prediction = await self._engine.predict(lane, sequences)
-        except TimeoutError:
-            raise DeadlineExpired(f"no answer within the request's timeout, {options.timeout_s:g} s") from None
+        async with _limit(options):
+            prediction = await self._engine.predict(lane, sequences)
         inference.answer(given, prediction)
 
     def _do(self, inference: Inference, act: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -177,6 +209,16 @@ class Desk:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+@asynccontextmanager
+async def _limit(options: Options) -> AsyncIterator[None]:
+    """Give what is done within the request's timeout. Raises DeadlineExpired."""
+    try:
+        async with asyncio.timeout(None if options.timeout_s == NEVER else options.timeout_s):
+            yield
+    except TimeoutError:
+        raise DeadlineExpired(f"no answer within the request's timeout, {options.timeout_s:g} s") from None
 
 
 async def _guarded(inference: Inference, act: Coroutine[None, None, None]) -> None:
@@ -192,13 +234,11 @@ async def _guarded(inference: Inference, act: Coroutine[None, None, None]) -> No
 def _check_steppable(lane: Lane) -> None:
     _check_contexts(lane)
     if lane.step_mode in (StepMode.BUFFERED, StepMode.GENERATIVE):
-        advice = (
-            "; send the whole sequence in one request without sequence_id"
-            if lane.step_mode is StepMode.BUFFERED
-            else ""
-        )
+        whole = "whole sequence" if lane.step_mode is StepMode.BUFFERED else "request that it is to generate from"
         raise NotSteppable(
-            f"{lane.name} can't be stepped: {lane.step_mode_reason}{advice}", field="parameters.sequence_id"
+            f"{lane.name} can't be stepped: {lane.step_mode_reason}; send the {whole} in one request without "
+            "sequence_id",
+            field="parameters.sequence_id",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from service.rpc.codec import row_bytes_of
 from service.rpc.oip.tensors import Given, InferPlan
 
 Array = npt.NDArray[Any]
+MAX_PARTS = 16
+"""Most parts of an answer that wait to be taken."""
 OVERHEAD_BYTES = 256
 """What a response takes beside its elements, roughly."""
 
@@ -84,6 +87,7 @@ class Inference:
     __slots__ = (
         "_counts",
         "_given",
+        "_has_room",
         "_num_left",
         "_on_done",
         "_outputs",
@@ -96,25 +100,31 @@ class Inference:
         "num_bytes",
         "num_runs_before",
         "num_steps",
+        "parts",
         "plan",
         "position",
         "queued_at",
         "response",
         "run_seconds_before",
+        "takes_parts",
         "task",
     )
 
-    def __init__(self, on_done: Callable[[Inference], None]) -> None:
+    def __init__(self, on_done: Callable[[Inference], None], *, takes_parts: bool = False) -> None:
         """Begin to read it.
 
-        on_done  is told once it is answered or has failed
+        on_done      is told once it is answered or has failed, and of every part
+        takes_parts  whether an answer that is made in parts is wanted so
         """
         self.began_at = self.queued_at = time.perf_counter()
         self.id = b""
         """What the request calls itself."""
         self._on_done = on_done
         self.response: bytes | None = None
-        """The ModelInferResponse, once it is answered."""
+        """The ModelInferResponse, or the last of several, once it is answered."""
+        self.takes_parts = takes_parts
+        self.parts: deque[bytes] | None = None
+        """Those before the last that wait to be taken, of an answer in parts."""
         self.error: ServiceError | None = None
         """Why it failed, once it has."""
         self.task: asyncio.Task[None] | None = None
@@ -129,6 +139,11 @@ class Inference:
     def is_done(self) -> bool:
         """Whether it was answered, or has failed."""
         return self.response is not None or self.error is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something to write."""
+        return self.response is not None or self.error is not None or bool(self.parts)
 
     def begin(self, plan: InferPlan, counts: Counts, outputs: list[int], *, wants_final: bool) -> None:
         """Learn for which model it is, and which outputs to answer, by index."""
@@ -174,15 +189,33 @@ class Inference:
                         [values, np.zeros((form.num_steps - len(values), *row.shape), values.dtype)]
                     )
             outputs.append((index, form.shape(1, row.shape, is_per_step=row.is_per_step), row_bytes_of(values)))
-        self._succeed(self.plan.write(self.id, outputs, is_final=self._wants_final), 1, answered_at)
+        self.succeed(self.plan.write(self.id, outputs, is_final=self._wants_final), 1, answered_at)
 
     def answer(self, given: Given, prediction: Prediction) -> None:
         """Write the response to whole sequences."""
         answered_at = time.perf_counter()
         response = self.plan.write_prediction(self.id, given, self._outputs, prediction, is_final=self._wants_final)
-        self._succeed(response, given.num_sequences, answered_at)
+        self.succeed(response, given.num_sequences, answered_at)
 
-    def _succeed(self, response: bytes, num: int, answered_at: float) -> None:
+    async def take_part(self, part: bytes) -> None:
+        """Take a part of the answer that is not the last; returns once there is room for the next."""
+        if self.parts is None:
+            self.parts = deque()
+            self._has_room = asyncio.Event()
+        self.parts.append(part)
+        self._on_done(self)
+        if len(self.parts) >= MAX_PARTS:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    def pop_part(self) -> bytes:
+        """Give away the first part that waits."""
+        assert self.parts  # noqa: S101  the caller has looked
+        self._has_room.set()
+        return self.parts.popleft()
+
+    def succeed(self, response: bytes, num: int, answered_at: float) -> None:
+        """Take the answer, or its last part, to `num` sequences or steps."""
         self.response = response
         if self._counts is not None:
             self._counts.succeed(self, num, answered_at)

@@ -1,4 +1,4 @@
-"""One ModelStreamInfer call: every request is answered once, in the order of requests."""
+"""One ModelStreamInfer call: requests are answered in their order, once each, or in parts by a model that generates."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class InferStream:
     @property
     def is_ready(self) -> bool:
         """Whether there is something to write."""
-        return bool(self._line) and self._line[0].is_done
+        return bool(self._line) and self._line[0].is_ready
 
     def take(self, raw: bytes) -> None:
         """Take one request. Raises InvalidInput where it is none."""
-        inference = Inference(self._on_done)
+        inference = Inference(self._on_done, takes_parts=True)
         repeat = self._reader.read(raw)
         if repeat is not None:
             meaning, inference.id, rows = repeat
@@ -102,7 +102,9 @@ class InferStream:
             self._has_written.set()
 
     def pop(self) -> bytes:
-        """Take the first answer that waits, as it is to be written."""
+        """Take the first answer that waits, or the next part of it, as it is to be written."""
+        if self._line[0].parts:
+            return on_stream(self._line[0].pop_part())
         inference = self._line.popleft()
         self._num_line_bytes -= inference.num_bytes
         self._num_line_steps -= inference.num_steps
