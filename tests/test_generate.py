@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import grpc
 import numpy as np
@@ -345,6 +347,24 @@ class TestGone:
             call = stub.Generate(pb.GenerateRequest(model="names", inputs=[packed("token", [[2]] * 50)], temperature=1))
             _, results = collect(call)
             assert len(results) == 50
+
+
+def test_a_drain_lets_what_is_being_made_end(repository):
+    prompts = prompts_of(9, 60) * 20
+    with serving(repository, drain_s=20, max_predict_sequences=64) as running, running.stub() as stub:
+        call = stub.Generate(pb.GenerateRequest(model="names", inputs=[packed("token", prompts)]))
+        started = next(call)
+        stopping = asyncio.run_coroutine_threadsafe(running.server.stop(), running.loop)
+        running.wait_until(lambda: running.server.engine.is_draining)
+        with pytest.raises(grpc.RpcError) as caught, running.stub() as late:
+            generate(late, "names", packed("token", prompts[:1]))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        _, results = collect(chain([started], call))
+        stopping.result(timeout=20)
+    oracle = Oracle(repository, "names")
+    for index, alone in enumerate(map(oracle.decode, prompts[:60])):
+        for place in range(index, len(prompts), 60):
+            same(results[place, 0], alone)
 
 
 def test_the_client_generates_and_knows_what_is_taken(client, repository):
