@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import numpy as np
 import onnxruntime as ort
 import pytest
 
+from service.client import AsyncClient, Client
+from service.client.errors import InvalidArgument
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from tests.generating import contextual, save
 from tests.rpc import Received, array, open_stream, sequences
@@ -72,3 +76,41 @@ def test_live_ones_are_given_it_with_the_frame_that_opens_them(served, repositor
         rows = [received.steps[handle][n] for n in range(4)]
         np.testing.assert_array_equal(rows, oracle(repository, x, season))
     assert "open it in a frame that carries them" in bare.sessions[0].status.message
+
+
+def test_clients_give_it_when_they_open(served, repository):
+    xs = sequences(7, 3, 6, 6)
+    seasons = np.random.default_rng(8).standard_normal((3, 3)).astype(np.float32)
+    wanted = [oracle(repository, x, season) for x, season in zip(xs, seasons, strict=True)]
+    with Client(served.address) as client:
+        with client.stream("contextual", contexts={"season": seasons[0]}) as stream:
+            np.testing.assert_array_equal(list(stream.run(xs[0])), wanted[0])
+        with client.gateway("contextual") as gateway:
+            handles = [gateway.open(contexts={"season": season}) for season in seasons]
+            gateway.send(dict(zip(handles, xs, strict=True)))
+            gateway.end()
+            rows = dict.fromkeys(handles, np.empty((0, 2), np.float32))
+            for events in gateway.receive():
+                for handle, y in events:
+                    rows[handle] = np.concatenate([rows[handle], y])
+        for handle, y in zip(handles, wanted, strict=True):
+            np.testing.assert_array_equal(rows[handle], y)
+        with (
+            pytest.raises(InvalidArgument, match=r"no state or context 'sun': it has state\.0\.h, season"),
+            client.stream("contextual", contexts={"sun": seasons[0]}),
+        ):
+            pass
+        with (
+            pytest.raises(InvalidArgument, match=r"season: expected shape \[3\], got \[2\]"),
+            client.stream("contextual", contexts={"season": seasons[0, :2]}),
+        ):
+            pass
+
+    async def streamed():
+        async with (
+            AsyncClient(served.address) as client,
+            client.stream("contextual", contexts={"season": seasons[1]}) as stream,
+        ):
+            return [y async for y in stream.run(xs[1])]
+
+    np.testing.assert_array_equal(asyncio.run(streamed()), wanted[1])

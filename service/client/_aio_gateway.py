@@ -100,6 +100,7 @@ class AsyncGateway:
         resume_only: bool = False,
         priority: Priority = "normal",
         states: Mapping[str, npt.ArrayLike] | None = None,
+        contexts: Mapping[str, npt.ArrayLike] | None = None,
     ) -> int:
         """Open a session with the next `send` or `flush`, and return its handle.
 
@@ -113,6 +114,7 @@ class AsyncGateway:
             resume_only=resume_only,
             priority=priority,
             states=states,
+            contexts=contexts,
         )
 
     async def send(

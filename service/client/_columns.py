@@ -19,7 +19,7 @@ import numpy.typing as npt
 from service.client import _codec
 from service.client._answers import read_columns
 from service.client._status import close_reason, from_status, step_error
-from service.client._terms import SequenceTerms, duration, session_open, state_tensors, stream_open
+from service.client._terms import SequenceTerms, duration, once_tensors, session_open, stream_open
 from service.client.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -152,6 +152,7 @@ class GatewayMachine:
         resume_only: bool,
         priority: Priority,
         states: Mapping[str, npt.ArrayLike] | None,
+        contexts: Mapping[str, npt.ArrayLike] | None,
     ) -> int:
         """Note a session to open; `flush` makes the request. Returns its handle."""
         handle = self.num_opened
@@ -162,7 +163,7 @@ class GatewayMachine:
             resume_only=resume_only,
             priority=priority,
         )
-        self._opens.append((opening, states or {}))
+        self._opens.append((opening, {**(states or {}), **(contexts or {})}))
         self.num_opened += 1
         if handle == len(self._next):
             for name in ("_next", "_answered", "_floor", "_num_stale", "_is_placed", "_keeps"):
@@ -190,7 +191,7 @@ class GatewayMachine:
                 group = opens[start:i]
                 frame = pb.StreamFrame(opens=[opening for opening, _ in group])
                 if group[0][1]:
-                    frame.tensors.extend(state_tensors(self.info, [states for _, states in group]))
+                    frame.tensors.extend(once_tensors(self.info, [given for _, given in group]))
                 requests.append(pb.StreamPredictRequest(frame=frame))
                 start = i
         return requests

@@ -194,6 +194,7 @@ class Client(ClientBase):
         resume_only: bool = False,
         priority: Priority = "normal",
         states: Mapping[str, npt.ArrayLike] | None = None,
+        contexts: Mapping[str, npt.ArrayLike] | None = None,
         timeout: float | None = None,
     ) -> Stream:
         """Prepare a live sequence, for a `with` block.
@@ -208,6 +209,7 @@ class Client(ClientBase):
         resume_only    fail with NotFound unless the session is live
         priority       which work of the model goes first: "high", "normal" or "low"
         states         initial states [directions, hidden] by name; zeros where none are given
+        contexts       what the model takes once a sequence, [*row_shape] by name
         timeout        seconds to open the stream, and seconds after which a step that has not begun to run is rejected
         """
         check_timeout(timeout)
@@ -222,6 +224,7 @@ class Client(ClientBase):
             resume_only=resume_only,
             priority=priority,
             states=states or {},
+            contexts=contexts or {},
             timeout_s=timeout,
         )
         return Stream(

@@ -89,6 +89,7 @@ class Gateway:
         resume_only: bool = False,
         priority: Priority = "normal",
         states: Mapping[str, npt.ArrayLike] | None = None,
+        contexts: Mapping[str, npt.ArrayLike] | None = None,
     ) -> int:
         """Open a session with the next `send` or `flush`, and return its handle.
 
@@ -103,6 +104,7 @@ class Gateway:
                 resume_only=resume_only,
                 priority=priority,
                 states=states,
+                contexts=contexts,
             )
 
     def send(

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from service.client import _codec
 from service.client.errors import InvalidArgument
-from service.client.info import Emit, ModelInfo, Priority
+from service.client.info import Emit, ModelInfo, Priority, StateInfo, TensorInfo
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 
 
@@ -41,6 +41,8 @@ class SequenceTerms:
     """Time after which steps that have not begun to run are rejected."""
     states: Mapping[str, npt.ArrayLike] = field(default_factory=dict)
     """Initial states [directions, hidden] by name; zeros where none are given."""
+    contexts: Mapping[str, npt.ArrayLike] = field(default_factory=dict)
+    """What the model takes once a sequence, [*row_shape] by name."""
 
     def __post_init__(self) -> None:
         if self.step_mode is not None and self.step_mode not in _codec.ENUM_BY_STEP_MODE:
@@ -69,10 +71,11 @@ class SequenceTerms:
             resume_only=self.resume_only or resume,
             priority=self.priority,
         )
-        if not self.states or resume:
+        given = {**self.states, **self.contexts}
+        if not given or resume:
             opening.open.sessions.append(session)
             return [opening]
-        frame = pb.StreamFrame(opens=[session], tensors=state_tensors(info, [self.states]))
+        frame = pb.StreamFrame(opens=[session], tensors=once_tensors(info, [given]))
         return [opening, pb.StreamPredictRequest(frame=frame)]
 
 
@@ -102,21 +105,24 @@ def session_open(
     return session
 
 
-def state_tensors(info: ModelInfo, rows: Sequence[Mapping[str, npt.ArrayLike]]) -> list[pb.Tensor]:
-    """Pack initial states [directions, hidden] by name, of one mapping for each session that opens."""
-    specs = {state.name: state for state in info.states}
+def once_tensors(info: ModelInfo, rows: Sequence[Mapping[str, npt.ArrayLike]]) -> list[pb.Tensor]:
+    """Pack initial states and what is given once a sequence, [*row_shape] by name, a mapping for each that opens."""
+    specs: dict[str, StateInfo | TensorInfo] = {state.name: state for state in info.states}
+    specs |= {each.name: each for each in info.inputs if each.layout == "per_sequence"}
     names = sorted(rows[0])
     packed = []
     for name in names:
         if name not in specs:
-            raise InvalidArgument(f"model {info.name} has no state {name!r}: it has {', '.join(specs) or 'none'}")
-        if any(sorted(states) != names for states in rows):
-            raise InvalidArgument("sessions that open in one frame must give the same states")
+            raise InvalidArgument(
+                f"model {info.name} has no state or context {name!r}: it has {', '.join(specs) or 'none'}"
+            )
+        if any(sorted(given) != names for given in rows):
+            raise InvalidArgument("sessions that open in one frame must give the same states and contexts")
         spec = specs[name]
-        each = [_codec.cast(states[name], spec, name) for states in rows]
-        for state in each:
-            if state.shape != spec.row_shape:
-                raise InvalidArgument(f"{name}: expected shape {list(spec.row_shape)}, got {list(state.shape)}")
+        each = [_codec.cast(given[name], spec, name) for given in rows]
+        for value in each:
+            if value.shape != spec.row_shape:
+                raise InvalidArgument(f"{name}: expected shape {list(spec.row_shape)}, got {list(value.shape)}")
         packed.append(_codec.tensor(name, np.stack(each), "per_sequence"))
     return packed
 

@@ -35,6 +35,7 @@ def open_session(machine, session_id="", *, linger_s=0.0, replay_window=0, state
         resume_only=False,
         priority="normal",
         states=states,
+        contexts=None,
     )
 
 
