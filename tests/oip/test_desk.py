@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 
 from service.config import load_settings
 from service.engine import Engine
+from service.errors import Unavailable
 from service.lane import Lane
 from service.pb.inference import inference_pb2 as pb
 from service.repository import load_version
 from service.rpc.oip.desk import Desk
-from service.rpc.oip.inference import Inference
+from service.rpc.oip.inference import OVERHEAD_BYTES, Inference
+from service.rpc.oip.stream import InferStream
 from tests.lanes import equal
-from tests.oip.calls import array, step
+from tests.oip.calls import array, request, step
 from tests.rpc import run_alone
+from tests.serving import until
 
 BAD = np.full((1, 3), np.nan, dtype=np.float32)
 
@@ -79,6 +82,37 @@ async def test_steps_behind_a_refused_one_are_refused_with_it(lane: Lane, reposi
         again = await Asked(desk, step("lstm", 1, x[20:], sequence_end=True)).rows()
         equal(np.concatenate([first, again]), run_alone(repository, "lstm", x))
         assert lane.num_sessions == 0
+
+
+async def test_whoever_waits_is_told_why_a_sequence_is_lost(lane: Lane) -> None:
+    async with desk_of(lane) as desk:
+        waiting = Asked(desk, step("lstm", 1, steps_of(0, 9), sequence_start=True))
+        desk._engine.end_all(lane, Unavailable("the lane is closed"))
+        assert await waiting.rows() == "the lane is closed"
+        assert "is not live" in await Asked(desk, step("lstm", 1, steps_of(0, 1))).rows()
+
+
+async def test_room_is_what_is_neither_answered_nor_read(lane: Lane) -> None:
+    """A stream takes no more than its limit at once, of steps and of whole sequences, and all of it again once read."""
+    sent = [step("lstm", 1, steps_of(0, 40), sequence_start=True), request("lstm", steps_of(0, 40)[None])]
+    async with desk_of(lane) as desk:
+        for message in sent:
+            stream = InferStream(desk, lane.settings.model_copy(update={"max_unsent_bytes": 4_000}))
+            num = 0
+            while not stream.wants_room:
+                stream.take(message.SerializeToString())
+                num += 1
+            # An answer and its request: 40 steps of (3 + 2) float32, and what goes with them.
+            assert num == 4_000 // (40 * (3 + 2) * 4 + OVERHEAD_BYTES) + 1
+            waits = asyncio.create_task(stream.has_room())
+            for left in range(num, 0, -1):
+                assert stream.wants_room is (left == num)
+                await until(lambda: stream.is_ready)  # noqa: B023
+                assert not pb.ModelStreamInferResponse.FromString(stream.pop()).error_message
+                stream._has_written.set()
+            await waits
+            assert (stream._num_line_bytes, stream._num_line_steps) == (0, 0)
+        await Asked(desk, step("lstm", 1, steps_of(0, 1), sequence_end=True)).rows()
 
 
 async def test_start_does_not_wait_for_what_is_queued_under_its_id(lane: Lane, repository: Path) -> None:

@@ -286,6 +286,16 @@ def test_models_that_generate_are_described(stub):
 PROMPT = {"token": np.array([[2, 3]])}
 
 
+def twice(message, name):
+    number = [each.name for each in message.inputs].index(name)
+    message.inputs.append(message.inputs[number])
+    message.raw_input_contents.append(message.raw_input_contents[number])
+    return message
+
+
+LENGTHS = np.array([2], np.int32)
+
+
 @pytest.mark.parametrize(
     ("message", "field", "words"),
     [
@@ -301,6 +311,8 @@ PROMPT = {"token": np.array([[2, 3]])}
         (ask("names", {"token": np.array([[2.0]])}), "inputs[0].datatype", "token is INT64, got FP64"),
         (ask("names", {"token": np.array([[IDS]])}), "inputs[0]", "element 0"),
         (ask("names", {}), "inputs", "has no prompt"),
+        (twice(ask("names", PROMPT), "token"), "inputs[1].name", "token is given twice"),
+        (twice(ask("names", {**PROMPT, "lengths": LENGTHS}), "lengths"), "inputs[2].name", "lengths is given twice"),
         (
             ask("names", {**PROMPT, "lengths": np.array([3], np.int32)}),
             "lengths",

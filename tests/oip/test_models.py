@@ -87,7 +87,7 @@ def test_statistics_grow_with_what_was_done(repository: Path) -> None:
         assert 2 <= after.execution_count <= served.on_loop(lambda: served.lane("lstm").tally.runs)
         stats = after.inference_stats
         assert [d.count for d in (stats.success, stats.queue, stats.compute_infer, stats.compute_output)] == [11] * 4
-        assert stats.fail.count == 1
+        assert (stats.fail.count, stats.fail.ns > 0) == (1, True)
         parts = [stats.queue, stats.compute_input, stats.compute_infer, stats.compute_output]
         assert all(part.ns for part in parts[1:])
         assert sum(part.ns for part in parts) == pytest.approx(stats.success.ns, rel=1e-3)

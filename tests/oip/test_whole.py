@@ -93,6 +93,8 @@ def test_client_that_keeps_states_itself_gets_the_same(stub, repository: Path) -
     second = stub.ModelInfer(request("lstm", {"x": x[None, 13:], **states}))
     whole = np.concatenate([array(first)[0], array(second)[0]])
     equal(whole, run_alone(repository, "lstm", x))
+    alone = stub.ModelInfer(request("lstm", x[None, :13], outputs=["state.0.h.next"]))
+    equal(array(alone, "state.0.h.next"), states["state.0.h"])
 
 
 def test_final_response_is_marked_where_asked(stub) -> None:
