@@ -45,7 +45,12 @@ class Settings(BaseSettings):
     port: Port = 8001
     """Port of the gRPC server; 0 takes a free one."""
     http_port: Port = 8002
-    """Port of /metrics, /livez and /readyz; 0 takes a free one."""
+    """Port of the page, /metrics, /livez and /readyz; 0 takes a free one."""
+    page: bool = True
+    """Whether the HTTP port has the page, which shows the models and tries them, and its API."""
+    page_hosts: str = ""
+    """Host names, with commas between them, that browsers may ask for the page by, beside addresses and names without
+    a dot; so that no stranger's page can use it through a name of theirs."""
     tls_cert: Path | None = None
     """PEM file with the server's certificate chain; with tls_key it turns TLS on."""
     tls_key: Path | None = None

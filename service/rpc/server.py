@@ -25,8 +25,10 @@ from service.rpc.native import SERVICE_NAME, SequenceServicer
 from service.rpc.oip.servicer import SERVICE_NAME as INFERENCE_NAME
 from service.rpc.oip.servicer import InferenceServicer
 from service.rpc.peers import Peer, Place
+from service.rpc.websocket import Sockets
 from service.telemetry import registry_of
 from service.web.app import make_app
+from service.web.page import add_page, telling_routes
 from service.web.sites import listen
 
 log = logging.getLogger(__name__)
@@ -138,6 +140,10 @@ class Server:
         app = make_app(self.engine, registry_of(self.engine, self.broken))
         if self._handoff is not None:
             app.add_routes(self._handoff.routes())
+        if self.settings.page:
+            sockets = Sockets(self._native, self.settings.max_message_bytes)
+            app.on_shutdown.append(sockets.close)
+            add_page(app, self.settings, [*telling_routes(self.engine, self.broken), *sockets.routes()])
         path = None if self._place is None else self._place.path
         self._http, self.http_port = await listen(app, self.settings, path)
 

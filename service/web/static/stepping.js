@@ -1,0 +1,119 @@
+// One session: steps are sent at a pace, and every answer is handed on as it comes.
+
+import { call, tensor } from "./api.js";
+import { tensorsOf } from "./columns.js";
+
+const TICK_MS = 16;
+const LARGEST = 64;
+/** Steps in one message, at most. */
+const WINDOW = 256;
+/** Steps that may be unanswered. */
+
+export class Stepping {
+  /**
+   * model   as /api/models tells it
+   * inputs  its per-step inputs
+   * rows    steps, a number a column
+   * pace    () => steps per second, Infinity for as fast as possible
+   * on      {answer(position, {name: rows}, latencies), end(error text or "")}
+   */
+  constructor(model, inputs, rows, pace, on) {
+    this.model = model;
+    this.inputs = inputs;
+    this.rows = rows;
+    this.pace = pace;
+    this.on = on;
+    this.sent = 0;
+    this.answered = 0;
+    this.sentAt = [];
+    this.credit = 0;
+    this.isPaused = false;
+    this.isOver = false;
+    this.isWhole = model.step_mode === "buffered";
+    this.socket = call(
+      "api/stream",
+      { open: { model: model.name, version: String(model.version), sessions: [{}] } },
+      { message: (message) => this.take(message), end: (text) => this.end(text) },
+    );
+  }
+
+  pause() {
+    this.isPaused = true;
+  }
+
+  resume() {
+    this.isPaused = false;
+    this.lastTick = performance.now();
+  }
+
+  stop() {
+    this.end("");
+  }
+
+  take(message) {
+    if (message.opened) {
+      const refused = message.opened.sessions?.find((each) => each.status);
+      if (refused) this.end(refused.status.message);
+      else this.begin();
+    } else if (message.answer) this.answer(message.answer);
+  }
+
+  begin() {
+    this.lastTick = performance.now();
+    this.credit = 1;
+    this.pump();
+    this.timer = setInterval(() => this.pump(), TICK_MS);
+  }
+
+  /** Send what is due. */
+  pump() {
+    if (this.isPaused || this.isOver) return;
+    const now = performance.now();
+    const pace = this.pace();
+    this.credit = Math.min(this.credit + ((now - this.lastTick) / 1000) * pace, Number.isFinite(pace) ? Math.max(1, pace) : Infinity);
+    this.lastTick = now;
+    for (;;) {
+      const room = this.isWhole ? Infinity : WINDOW - (this.sent - this.answered);
+      const count = Math.min(Math.floor(this.credit), room, LARGEST, this.rows.length - this.sent);
+      if (count < 1 || this.socket.waiting > 1 << 20) return;
+      const rows = this.rows.slice(this.sent, this.sent + count);
+      const frame = { handles: [0], lengths: [count], tensors: tensorsOf(rows, this.inputs) };
+      this.sent += count;
+      this.credit -= count;
+      if (this.sent === this.rows.length) {
+        frame.closes = [0];
+        clearInterval(this.timer);
+      }
+      for (let step = 0; step < count; step += 1) this.sentAt.push(now);
+      this.socket.send({ frame });
+    }
+  }
+
+  answer(answer) {
+    const now = performance.now();
+    if (answer.handles?.length) {
+      const length = answer.lengths?.[0] ?? 1;
+      const position = Number(answer.positions?.[0] ?? 0);
+      const outputs = {};
+      for (const each of answer.tensors) {
+        const { name, shape, values } = tensor(each);
+        const width = values.length / shape[0];
+        outputs[name] = Array.from({ length: shape[0] }, (_, row) => values.slice(row * width, (row + 1) * width));
+      }
+      const latencies = this.sentAt.slice(position, position + length).map((at) => now - at);
+      this.answered = position + length;
+      this.on.answer(position, outputs, latencies);
+      if (!Number.isFinite(this.pace())) this.pump();
+    }
+    if (answer.errors?.length) this.end(answer.errors[0].status.message);
+    else if (answer.closed?.length) this.end("");
+  }
+
+  end(text) {
+    if (this.isOver) return;
+    this.isOver = true;
+    clearInterval(this.timer);
+    this.socket.close();
+    this.on.end(text);
+  }
+}

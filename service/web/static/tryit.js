@@ -1,0 +1,297 @@
+// The try-it panel: a model, an input, a session, and its outputs as they arrive.
+
+import { get } from "./api.js";
+import { LineChart } from "./chart.js";
+import { exact, format } from "./codec.js";
+import { InputError, columnsOf, isId, isText, readCsv, readText, rowsOf, writeCsv } from "./columns.js";
+import { $, fill, h, say } from "./dom.js";
+import { Curve } from "./draw.js";
+import { GenerateForm } from "./generate.js";
+import { Results } from "./results.js";
+import { Stepping } from "./stepping.js";
+
+const MODES = {
+  stepping: "Answers after every step.",
+  chunked: "Answers after every chunk.",
+  buffered: "Needs the whole sequence: it answers once the last step has come.",
+  generative: "Makes its outputs one after another.",
+};
+const RATES = 60;
+
+export class TryIt {
+  constructor() {
+    this.models = [];
+    this.model = null;
+    this.run = null;
+    this.curve = new Curve();
+    this.results = new Results();
+    this.generate = new GenerateForm(this.results);
+    this.input = new LineChart($("input-chart"), "Inputs over steps");
+    $("try-model").addEventListener("change", () => this.load());
+    $("example").addEventListener("change", () => this.showExample());
+    $("draw-feature").addEventListener("change", () => this.fitRange());
+    $("csv-fill").addEventListener("click", () => this.fillCsv());
+    $("csv-file").addEventListener("change", (event) => this.readFile(event.target));
+    $("rate").addEventListener("input", () => this.showRate());
+    $("sources").addEventListener("change", () => this.showSource());
+    $("try-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.start();
+    });
+    $("csv").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.start();
+    });
+    $("pause").addEventListener("click", () => this.pause());
+    $("stop").addEventListener("click", () => this.run?.stop());
+    this.showRate();
+    this.showButtons();
+  }
+
+  get rate() {
+    const at = Number($("rate").value);
+    return at > RATES ? Infinity : 10 ** ((at / RATES) * 3);
+  }
+
+  get source() {
+    return document.querySelector('[name="source"]:checked').value;
+  }
+
+  /** Offer what is served; keeps what was chosen. */
+  show(models) {
+    this.models = models;
+    fill(
+      $("try-model"),
+      models.map(({ name, version }) => ({ value: `${name}/${version}`, text: `${name}, version ${version}` })),
+    );
+    const key = $("try-model").value;
+    if (!this.model || `${this.model.name}/${this.model.version}` !== key) this.load();
+  }
+
+  choose(model) {
+    $("try-model").value = `${model.name}/${model.version}`;
+    this.load();
+    $("try").scrollIntoView();
+    $("try-model").focus({ preventScroll: true });
+  }
+
+  async load() {
+    this.run?.stop();
+    const key = $("try-model").value;
+    this.model = this.models.find(({ name, version }) => `${name}/${version}` === key) || null;
+    this.whole = null;
+    this.showButtons();
+    this.results.clear();
+    if (!this.model) {
+      say($("try-mode"), "No model is served.");
+      return;
+    }
+    say($("try-mode"), MODES[this.model.step_mode]);
+    try {
+      const whole = await get(`api/models/${encodeURIComponent(this.model.name)}/versions/${this.model.version}`);
+      if (key === $("try-model").value) this.prepare(whole);
+    } catch (error) {
+      this.results.fail(error.message);
+    }
+  }
+
+  prepare(whole) {
+    this.whole = whole;
+    const isGenerating = whole.spec.generation !== null;
+    $("step-controls").hidden = isGenerating;
+    $("generate-controls").hidden = !isGenerating;
+    $("input-figure").hidden = isGenerating;
+    if (isGenerating) this.generate.prepare(whole);
+    else this.prepareSteps(whole);
+    this.showButtons();
+  }
+
+  prepareSteps({ spec, examples }) {
+    const [graph] = spec.graphs;
+    this.inputs = graph.inputs.filter(({ layout }) => layout === "per_step");
+    this.columns = columnsOf(this.inputs);
+    this.examples = examples.map((example) => ({ ...example, rows: rowsOf(example, this.inputs) }));
+    fill($("example"), this.examples.map(({ name }, index) => ({ value: String(index), text: name })));
+    $("example").value = "0";
+    this.offer("example", this.examples.length > 0);
+    this.offer("text", isText(this.columns));
+    const drawable = this.columns.map((column, index) => ({ column, index })).filter(({ column }) => !isId(column));
+    this.offer("draw", drawable.length > 0);
+    fill($("draw-feature"), drawable.map(({ column, index }) => ({ value: String(index), text: named(column) })));
+    $("draw-others-field").hidden = this.columns.length < 2;
+    const names = this.columns.map(({ name }) => name);
+    const shown = names.length > 8 ? `${names.slice(0, 6).join(", ")}, … ${names.at(-1)}` : names.join(", ");
+    say($("csv-note"), `${names.length} ${names.length === 1 ? "column" : "columns"}: ${shown}. A header is optional. Ctrl+Enter starts.`);
+    $("csv").value = "";
+    $("text").value = "";
+    this.fitRange();
+    this.showSource();
+  }
+
+  offer(source, isThere) {
+    const radio = document.querySelector(`[name="source"][value="${source}"]`);
+    radio.closest("label").hidden = !isThere;
+    if (!isThere && radio.checked) document.querySelector('[name="source"][value="csv"]').checked = true;
+    else if (isThere && source === "example") radio.checked = true;
+  }
+
+  showSource() {
+    for (const each of document.querySelectorAll(".source")) each.hidden = each.dataset.source !== this.source;
+    this.showExample();
+  }
+
+  showExample() {
+    const example = this.example;
+    if (!example) return;
+    say($("example-note"), `${example.rows.length} steps. ${example.source}${example.license ? `, ${example.license}` : ""}.`);
+    if (this.source === "example" && !this.run) this.preview(example.rows);
+  }
+
+  get example() {
+    return this.examples[Number($("example").value)] || this.examples[0];
+  }
+
+  /** Show an input before it is sent. */
+  preview(rows) {
+    this.results.begin(this.whole, rows.length);
+    this.showInput(rows);
+  }
+
+  showInput(rows) {
+    const isIds = this.columns.every(isId);
+    $("input-chart").hidden = isIds;
+    $("input-legend").hidden = isIds;
+    $("input-tokens").hidden = !isIds;
+    if (isIds) {
+      const word = (id, { categories }) => categories[id] || String(id);
+      $("input-tokens").replaceChildren(
+        ...rows.slice(0, 400).map((row) => h("span", {}, row.map((id, at) => word(id, this.columns[at])).join(" "))),
+      );
+      return;
+    }
+    const shown = this.columns.map((column, index) => ({ column, index })).filter(({ column }) => !isId(column)).slice(0, 12);
+    const series = shown.map(({ column, index }) => ({ name: column.name, color: index % 12 }));
+    this.input.reset(series, { steps: rows.length });
+    for (const row of rows) this.input.push(shown.map(({ index }) => row[index]));
+    const rest = this.columns.length - shown.length;
+    $("input-legend").replaceChildren(
+      ...series.map(({ name, color }) => h("li", { class: `key c${color}` }, h("span", {}, name))),
+      ...(rest > 0 ? [h("li", {}, `and ${rest} more`)] : []),
+    );
+  }
+
+  fitRange() {
+    const at = Number($("draw-feature").value);
+    const values = this.examples.flatMap(({ rows }) => rows.map((row) => row[at])).filter(Number.isFinite);
+    if (!values.length) {
+      this.curve.setRange(-1, 1);
+      return;
+    }
+    const low = Math.min(...values);
+    const high = Math.max(...values);
+    const room = (high - low || 1) * 0.1;
+    this.curve.setRange(low - room, high + room);
+  }
+
+  fillCsv() {
+    if (!this.example) return;
+    const cell = (value, { categories }) => categories[value] || exact(value);
+    const rows = this.example.rows.map((row) => row.map((value, at) => cell(value, this.columns[at])));
+    $("csv").value = writeCsv(this.columns.map(({ name }) => name), rows);
+  }
+
+  async readFile(input) {
+    const [file] = input.files;
+    if (!file) return;
+    if (file.size > 8 << 20) this.results.fail(`${file.name} is larger than 8 MiB: use rnnserve stream for it.`);
+    else $("csv").value = await file.text();
+    input.value = "";
+  }
+
+  /** What is to be sent, by the source that is chosen. */
+  rows() {
+    const { source } = this;
+    if (source === "csv") return readCsv($("csv").value, this.columns);
+    if (source === "text") return readText($("text").value, this.columns);
+    if (source === "draw") return this.drawn();
+    return this.example.rows;
+  }
+
+  drawn() {
+    const at = Number($("draw-feature").value);
+    const others = $("draw-others").value;
+    const base = this.example?.rows || [this.columns.map(() => 0)];
+    return this.curve.values.map((value, step) => {
+      const row = others === "example" ? base[step % base.length] : others === "hold" ? base[0] : this.columns.map(() => 0);
+      return row.map((each, index) => (index === at ? value : each));
+    });
+  }
+
+  start() {
+    if (!this.whole || this.run) return;
+    if (this.whole.spec.generation) {
+      this.begin((on) => this.generate.start(on));
+      return;
+    }
+    let rows;
+    try {
+      rows = this.rows();
+    } catch (error) {
+      if (!(error instanceof InputError)) throw error;
+      this.results.fail(error.message);
+      return;
+    }
+    this.preview(rows);
+    const chips = $("input-tokens").children;
+    this.begin((on) => {
+      const answer = (position, outputs, latencies) => {
+        this.results.take(position, outputs, latencies);
+        for (let step = position; step < position + latencies.length; step += 1) chips[step]?.classList.add("done");
+      };
+      return new Stepping(this.model, this.inputs, rows, () => this.rate, { ...on, answer });
+    });
+  }
+
+  begin(make) {
+    const end = (text) => {
+      this.run = null;
+      this.results.finish(text);
+      this.showButtons();
+    };
+    try {
+      this.run = make({ end });
+    } catch (error) {
+      if (!(error instanceof InputError)) throw error;
+      this.results.fail(error.message);
+    }
+    this.showButtons();
+  }
+
+  pause() {
+    if (this.run.isPaused) this.run.resume();
+    else this.run.pause();
+    this.showButtons();
+  }
+
+  showButtons() {
+    const isRunning = this.run !== null;
+    const focused = document.activeElement;
+    $("start").disabled = isRunning || !this.whole;
+    $("stop").disabled = !isRunning;
+    $("pause").disabled = !isRunning || !this.run.pause;
+    say($("pause"), isRunning && this.run.isPaused ? "Resume" : "Pause");
+    // A button that goes out under the focus would take it along.
+    if (focused === $("start") && isRunning) $("stop").focus();
+    else if ((focused === $("stop") || focused === $("pause")) && !isRunning) $("start").focus();
+  }
+
+  showRate() {
+    const { rate } = this;
+    const text = Number.isFinite(rate) ? `${format(rate < 10 ? Number(rate.toFixed(1)) : Math.round(rate))} steps/s` : "as fast as it goes";
+    say($("rate-value"), text);
+    $("rate").setAttribute("aria-valuetext", text);
+  }
+}
+
+function named({ name, unit }) {
+  return unit ? `${name} (${unit})` : name;
+}
