@@ -27,19 +27,34 @@ class Peer:
 
     async def ask(self, route: str, body: bytes | None = None) -> bytes | None:
         """GET a route, or POST a body to it. Returns None where the answer is not 200, or there is none."""
+        answer = await self.fetch(route, body)
+        return answer[1] if answer is not None and answer[0] == 200 else None
+
+    async def fetch(self, route: str, body: bytes | None = None) -> tuple[int, bytes] | None:
+        """Ask in the same way. Returns (status, content), None where there is no answer."""
+        method = "GET" if body is None else "POST"
+        try:
+            async with self._turns, asyncio.timeout(ALIVE_S):
+                response = await self._client().request(method, f"http://peer{route}", data=body)
+            async with response, asyncio.timeout(PATIENCE_S):
+                return response.status, await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def connect(self, route: str) -> aiohttp.ClientWebSocketResponse | None:
+        """Open a WebSocket. Returns None where it can't be had."""
+        try:
+            async with asyncio.timeout(ALIVE_S):
+                return await self._client().ws_connect(f"http://peer{route}", max_msg_size=0)
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
             # Kept connections could be closed by the other side just as they are used, and it would be taken for dead.
             connector = aiohttp.UnixConnector(str(self._path), limit=0, force_close=True)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
-        method = "GET" if body is None else "POST"
-        try:
-            async with self._turns, asyncio.timeout(ALIVE_S):
-                response = await self._session.request(method, f"http://peer{route}", data=body)
-            async with response, asyncio.timeout(PATIENCE_S):
-                content = await response.read()
-                return content if response.status == 200 else None
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return None
+        return self._session
 
     async def close(self) -> None:
         """Close its connections."""

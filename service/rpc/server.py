@@ -28,8 +28,9 @@ from service.rpc.peers import Peer, Place
 from service.rpc.websocket import Sockets
 from service.telemetry import registry_of
 from service.web.app import make_app
-from service.web.page import add_page, telling_routes
+from service.web.page import add_page
 from service.web.sites import listen
+from service.web.telling import telling_routes
 
 log = logging.getLogger(__name__)
 KEEPALIVE_S = 40

@@ -26,7 +26,9 @@ from service.rpc.announcement import Announcement
 from service.rpc.metrics import Page, left_behind, merge, read_page, write_page
 from service.rpc.peers import Peer, Place, ask_all
 from service.rpc.ports import hold_port
+from service.rpc.relay import Relay
 from service.telemetry import worker_metrics
+from service.web.page import add_page
 from service.web.sites import listen
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,9 @@ class Supervisor:
         app.add_routes(
             [web.get("/metrics", self._metrics), web.get("/livez", _livez), web.get("/readyz", self._readyz)]
         )
+        if self._settings.page:
+            relay = Relay(lambda: [worker.peer for worker in self._live.values()], self._settings.max_message_bytes)
+            add_page(app, self._settings, relay.routes())
         http, http_port = await listen(app, self._settings)
         started = [loop.create_future() for _ in self._places]
         keepers = [loop.create_task(self._keep(*each)) for each in zip(self._places, started, strict=True)]

@@ -22,15 +22,12 @@ from google.protobuf.message import Message
 from service.errors import InvalidInput, ServiceError
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc.status import status_of
+from service.web.sockets import make_socket
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 FIRST_S = 10.0
 """Time for the first message."""
-HEARTBEAT_S = 20.0
-"""Time between looks whether the client is still there."""
-CLOSE_S = 2.0
-"""Time for a client to agree that it is over."""
 
 
 class Calls(Protocol):
@@ -90,9 +87,7 @@ class Sockets:
     @asynccontextmanager
     async def _accepted(self, request: web.Request) -> AsyncIterator[web.WebSocketResponse]:
         """Open a socket, and say how the call in the block ended."""
-        socket = web.WebSocketResponse(
-            max_msg_size=self._max_message_bytes, heartbeat=HEARTBEAT_S, timeout=CLOSE_S, compress=False
-        )
+        socket = make_socket(self._max_message_bytes)
         await socket.prepare(request)
         self._open.add(socket)
         try:

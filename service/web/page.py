@@ -1,22 +1,18 @@
-"""The page at /, its files, and the part of its API that only tells."""
+"""The page at /, its files, and whoever answers its API, behind the guard. Loads no model."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
 
 from service.config import Settings
-from service.engine import Engine
 from service.errors import NotFound
-from service.repository import Broken
-from service.web.describe import describe_server, describe_whole
 from service.web.guard import Guard
-from service.web.stats import stats_of
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -47,26 +43,6 @@ def add_page(app: web.Application, settings: Settings, api: Iterable[web.RouteDe
 
     routes = [web.get("/", index), web.get("/static/{name}", static), *api]
     app.add_routes([web.get(route.path, guard(route.handler)) for route in routes])
-
-
-def telling_routes(engine: Engine, broken: Sequence[Broken]) -> list[web.RouteDef]:
-    """Make the routes that answer JSON about an engine."""
-
-    async def models(_: web.Request) -> web.Response:
-        return web.json_response(describe_server(engine, broken))
-
-    async def model(request: web.Request) -> web.Response:
-        name, version = request.match_info["name"], request.match_info["version"]
-        return web.json_response(describe_whole(engine.lane(name, int(version))))
-
-    async def stats(_: web.Request) -> web.Response:
-        return web.json_response(stats_of(engine))
-
-    return [
-        web.get("/api/models", models),
-        web.get("/api/models/{name}/versions/{version:[0-9]{1,9}}", model),
-        web.get("/api/stats", stats),
-    ]
 
 
 def _read(path: Path) -> _File:
