@@ -1,6 +1,6 @@
 """Generate the Python stubs from protos/, or check that those committed are what the protos say.
 
-    protos.py           write service/pb
+    protos.py           write service/pb; the service configs that lie beside the protos are copied as they are
     protos.py --check   lint the protos by buf.yaml and compare service/pb with what they generate
 
 Run by an interpreter that has the packages of scripts/protos.txt; `make protos` and `make check` see to it.
@@ -36,14 +36,16 @@ def generate(out: Path) -> None:
     # Mapping protos/ to service/pb gives the modules their package path; it works as long as no proto of ours imports
     # another one of ours.
     protoc(f"-I{PACKAGE}=protos", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}")
+    for path in PROTOS.rglob("*.json"):
+        shutil.copyfile(path, out / PACKAGE / path.relative_to(PROTOS))
 
 
 def stubs(root: Path) -> dict[str, str]:
-    """Text of every stub below root, by its path."""
+    """Text of every stub and service config below root, by its path."""
     return {
         str(path.relative_to(root)): path.read_text()
-        for path in sorted((root / PACKAGE).rglob("*_pb2*"))
-        if path.suffix in (".py", ".pyi")
+        for pattern in ("*_pb2*.py", "*_pb2*.pyi", "*.json")
+        for path in sorted((root / PACKAGE).rglob(pattern))
     }
 
 

@@ -86,7 +86,16 @@ class Settings(BaseSettings):
     """Most sequences of Predict calls in progress at once, for one model version; more wait their turn. No call takes
     more than half of those that are free, so that there is room for the next one."""
     max_message_bytes: Positive = 16 * 1024 * 1024
-    """Largest request message."""
+    """Largest request message, as it is after decompression."""
+    max_response_bytes: Annotated[int, Field(ge=2 * 1024 * 1024)] = 64 * 1024 * 1024
+    """Largest answer of a call with one answer; those of streams are cut into messages of about 1 MiB."""
+    max_metadata_bytes: Annotated[int, Field(ge=4096)] = 16 * 1024
+    """Largest metadata of a request, as HTTP/2 counts it: names, values, and 32 bytes for each pair."""
+    max_concurrent_streams: Annotated[int, Field(ge=0)] = 0
+    """Most calls in progress on one connection; a client lets more wait; 0 sets no limit."""
+    compress_responses: bool = False
+    """Compress answers for clients that accept gzip or deflate; a call can ask for its own with the metadata
+    rnnserve-compression: gzip or deflate."""
     max_steps_per_message: Positive = 65_536
     """Most steps in one message, over all of its sequences; and most opens and closes."""
     max_inflight_steps: Positive = 16_384
@@ -105,6 +114,26 @@ class Settings(BaseSettings):
     """Time after which a sequence of the Open Inference Protocol without requests is ended; 0 never ends it."""
     non_finite: Literal["reject", "pass"] = "reject"
     """What to do with NaN and infinity in inputs: refuse the step, or let the model have them."""
+
+    keepalive_s: Seconds = 40.0
+    """Time without a sign of a client after which its connection is checked by a ping; 0 never checks."""
+    keepalive_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
+    """Time without an answer to it after which the connection is given up, and its sessions with it."""
+    min_ping_interval_s: Seconds = 10.0
+    """Least time between a client's own pings; one that asks more often is told too_many_pings and hung up on."""
+    idle_pings: bool = True
+    """Let clients ping, and check connections, while no call is in progress."""
+    max_connection_age_s: Seconds = 0.0
+    """Time, give or take a tenth, after which a connection takes no new calls, so that clients connect anew and spread
+    over the servers that there are; its native streams are told in-band; 0 lets it live."""
+    max_connection_age_grace_s: Seconds = 30.0
+    """Time that calls on a connection past max_connection_age_s get to finish."""
+    max_connection_idle_s: Seconds = 0.0
+    """Time without a call after which a connection is closed; 0 lets it live."""
+    reflection: bool = True
+    """Tell clients such as grpcurl what services and messages there are."""
+    channelz: bool = False
+    """Offer grpc.channelz, which tells whoever asks of every connection and its counts: for trusted networks."""
 
     drain_s: Seconds = 30.0
     """Time that streams get to finish after SIGTERM."""

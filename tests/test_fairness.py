@@ -357,6 +357,7 @@ def test_overload_is_refused_at_once_and_the_accepted_load_is_answered(repositor
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert info_of(details(caught.value)).reason == "OVERLOADED"
             assert retry_of(details(caught.value)) == 0.25
+            assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
         requests.put(frame(steps(2, 50), handles=[1], opens=[pb.SessionOpen()]))
         served.wait_until(lambda: lane.num_sessions == 2)
         assert not received.steps

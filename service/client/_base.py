@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from service.client import _codec
-from service.client._channel import DEFAULT_TARGET, KEEPALIVE_S, ChannelSettings
+from service.client._channel import DEFAULT_TARGET, KEEPALIVE_S, ChannelSettings, Compression
 from service.client._status import from_rpc
 from service.client.errors import InvalidArgument, RnnserveError, Unavailable
 from service.client.info import ModelInfo
@@ -37,6 +37,7 @@ class ClientBase:
         max_message_bytes: int = 64 * 1024 * 1024,
         keepalive_s: float = KEEPALIVE_S,
         resume_timeout_s: float = 30.0,
+        compression: Compression | None = None,
         options: Sequence[tuple[str, str | int]] = (),
     ) -> None:
         """Prepare; the connection is made by the first call.
@@ -51,6 +52,7 @@ class ClientBase:
         keepalive_s         idle time after which a call's connection is checked, which a server may resent if it is
                             less than 5 minutes; 0 never checks
         resume_timeout_s    longest that a stream tries to take up a session that lingers after a lost connection
+        compression         "gzip" or "deflate": of requests, and of answers where it makes them smaller
         options             further channel options of gRPC
         """
         self._settings = ChannelSettings(
@@ -62,9 +64,10 @@ class ClientBase:
             server_name=server_name,
             max_message_bytes=max_message_bytes,
             keepalive_s=keepalive_s,
+            compression=compression,
             options=options,
         )
-        self._metadata = tuple(metadata)
+        self._metadata = (*metadata, *self._settings.metadata())
         self._resume_timeout_s = resume_timeout_s
         self._infos: dict[tuple[str, int], ModelInfo] = {}
         self._prepare()

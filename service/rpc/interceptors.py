@@ -1,4 +1,4 @@
-"""Turns errors into statuses, for every method alike."""
+"""What is done for every method alike: errors become statuses, answers are compressed where that is asked for."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 import grpc
 import grpc.aio
 
-from service.errors import ServiceError
+from service.errors import Exhausted, InvalidInput, ServiceError
 from service.rpc.status import status_of
 
 if TYPE_CHECKING:
     Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
 
+Behavior: TypeAlias = Callable[[Any, Any], Awaitable[Any]]
+Context = grpc.aio.ServicerContext[Any, Any]
+
 log = logging.getLogger(__name__)
 DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""Tells the retry policies of clients when to try again, or by a negative number that it is in vain."""
+COMPRESSION_KEY = "rnnserve-compression"
+"""Metadata by which a call asks for compressed answers."""
 _CODES = {code.name: code for code in grpc.StatusCode}
+_COMPRESSIONS = {"gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Ends a call whose handler raised with the status of the error; a bug is INTERNAL, its text in the log alone."""
+class _Interceptor(grpc.aio.ServerInterceptor):
+    """Wraps the behavior of every call."""
 
     async def intercept_service(
         self,
@@ -35,33 +43,89 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return handler
         serde = (handler.request_deserializer, handler.response_serializer)
         if handler.unary_unary and asyncio.iscoroutinefunction(handler.unary_unary):
-            return grpc.unary_unary_rpc_method_handler(_guarded(handler.unary_unary), *serde)
+            return grpc.unary_unary_rpc_method_handler(self._wrap(handler.unary_unary, handler_call_details), *serde)
         if handler.unary_stream and asyncio.iscoroutinefunction(handler.unary_stream):
-            return grpc.unary_stream_rpc_method_handler(_guarded(handler.unary_stream), *serde)
+            return grpc.unary_stream_rpc_method_handler(self._wrap(handler.unary_stream, handler_call_details), *serde)
         if handler.stream_stream and asyncio.iscoroutinefunction(handler.stream_stream):
-            return grpc.stream_stream_rpc_method_handler(_guarded(handler.stream_stream), *serde)
+            wrapped = self._wrap(handler.stream_stream, handler_call_details)
+            return grpc.stream_stream_rpc_method_handler(wrapped, *serde)
         return handler
 
+    def _wrap(self, behavior: Behavior, call: grpc.HandlerCallDetails) -> Behavior:
+        raise NotImplementedError
 
-def _guarded(behavior: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
+
+class ErrorInterceptor(_Interceptor):
+    """Ends a call whose handler raised with the status of the error; a bug is INTERNAL, its text in the log alone."""
+
+    def __init__(self, max_response_bytes: int) -> None:
+        self._max_response_bytes = max_response_bytes
+
+    def _wrap(self, behavior: Behavior, call: grpc.HandlerCallDetails) -> Behavior:
+        compression = None
+        for key, value in call.invocation_metadata:
+            if key == COMPRESSION_KEY:
+                compression = value
+
+        async def guarded(request: Any, context: Context) -> Any:
+            try:
+                if compression is not None:
+                    _compress(context, compression)
+                answer = await behavior(request, context)
+                if type(answer) is bytes and len(answer) > self._max_response_bytes:
+                    raise _too_large(len(answer), self._max_response_bytes)
+                if compression is not None and answer is not None:
+                    # Or it would be forgotten; and no earlier, or the client's retry policy would end with it.
+                    await context.send_initial_metadata(())
+            except ServiceError as error:
+                fault = error
+            except (asyncio.CancelledError, grpc.aio.BaseError):  # of gRPC itself: aborted, stopped, the client is gone
+                raise
+            except Exception:
+                log.exception("a bug ended a call")
+                fault = ServiceError("the server failed; its log says how")
+            else:
+                return answer
+            # gRPC keeps the error that it is aborted with for a while, and must not keep all that the call had with it.
+            fault.__traceback__ = fault.__context__ = None
+            return await _abort(context, fault)
+
+        return guarded
+
+
+class SeeingInterceptor(_Interceptor):
+    """Tells of the peer of every call."""
+
+    def __init__(self, see: Callable[[str], object]) -> None:
+        self._see = see
+
+    def _wrap(self, behavior: Behavior, call: grpc.HandlerCallDetails) -> Behavior:  # noqa: ARG002
+        async def seen(request: Any, context: Context) -> Any:
+            self._see(context.peer())
             return await behavior(request, context)
-        except ServiceError as error:
-            fault = error
-        except (asyncio.CancelledError, grpc.aio.BaseError):  # of gRPC itself: aborted, stopped, the client is gone
-            raise
-        except Exception:
-            log.exception("a bug ended a call")
-            fault = ServiceError("the server failed; its log says how")
-        # gRPC keeps the error that it is aborted with for a while, and must not keep all that the call had with it.
-        fault.__traceback__ = fault.__context__ = None
-        return await _abort(context, fault)
 
-    return call
+        return seen
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> NoReturn:
-    details = ((DETAILS_KEY, status_of(error).SerializeToString()),)
-    await context.abort(_CODES[error.code], str(error), details)
+def _compress(context: Context, asked: str | bytes) -> None:
+    compression = _COMPRESSIONS.get(str(asked))
+    if compression is None:
+        raise InvalidInput(f"metadata {COMPRESSION_KEY} is {asked!r}: it may be {' or '.join(_COMPRESSIONS)}")
+    context.set_compression(compression)
+
+
+def _too_large(num_bytes: int, limit: int) -> Exhausted:
+    return Exhausted(
+        f"the answer has {num_bytes} bytes, the limit (max_response_bytes) is {limit}: send fewer sequences at once, "
+        "ask for fewer outputs, or for the last step alone (EMIT_LAST)"
+    )
+
+
+async def _abort(context: Context, error: ServiceError) -> NoReturn:
+    trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status_of(error).SerializeToString())]
+    if error.retry_after_s is not None:
+        trailers.append((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))))
+    elif error.code == Exhausted.code:
+        trailers.append((PUSHBACK_KEY, "-1"))
+    await context.abort(_CODES[error.code], str(error), tuple(trailers))
     raise AssertionError("abort returned")

@@ -27,6 +27,7 @@ from service.rpc.handlers import unary_handlers
 from service.rpc.handoff import Handoff, Mover
 from service.rpc.requests import Opening, check_driven, priority_of, read_open, read_request
 from service.rpc.stream import Stream
+from service.rpc.transport import ConnectionAges
 
 log = logging.getLogger(__name__)
 _SERVICE = pb.DESCRIPTOR.services_by_name["SequenceService"]
@@ -47,8 +48,15 @@ class _Call:
 class SequenceServicer(pb_grpc.SequenceServiceServicer):
     """Maps requests to the engine and results to responses."""
 
-    def __init__(self, engine: Engine, broken: Sequence[Broken], handoff: Handoff | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        broken: Sequence[Broken],
+        handoff: Handoff | None = None,
+        ages: ConnectionAges | None = None,
+    ) -> None:
         self._engine = engine
+        self._ages = ages
         self._broken = broken
         self._handoff = handoff
         self._plans: dict[Lane, LanePlan] = {}
@@ -169,6 +177,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         stream = await self._open(self.plan(lane), first.open)
         call = self._calls[stream] = _Call(lane, cast("asyncio.Task[None]", asyncio.current_task()))
         writer = asyncio.create_task(stream.write_to(context))
+        telling = None if self._ages is None else self._ages.call_when_old(context.peer(), stream.announce_drain)
         try:
             await self._read(stream, writer, context)
             await writer
@@ -187,6 +196,8 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             del self._calls[stream]
             stream.drop()
             writer.cancel()
+            if telling is not None:
+                telling.cancel()
 
     async def _open(self, plan: LanePlan, request: pb.StreamOpen) -> Stream:
         opening = read_open(plan, request)

@@ -12,7 +12,6 @@ import grpc
 import grpc.aio
 from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from service.config import Settings
 from service.engine import Engine
@@ -20,11 +19,12 @@ from service.errors import ConfigError
 from service.repository import Broken, Loaded
 from service.rpc.catalog import Catalog
 from service.rpc.handoff import Handoff
-from service.rpc.interceptors import ErrorInterceptor
+from service.rpc.interceptors import ErrorInterceptor, SeeingInterceptor
 from service.rpc.native import SERVICE_NAME, SequenceServicer
 from service.rpc.oip.servicer import SERVICE_NAME as INFERENCE_NAME
 from service.rpc.oip.servicer import InferenceServicer
 from service.rpc.peers import Peer, Place
+from service.rpc.transport import ConnectionAges, add_diagnostics, server_options
 from service.rpc.websocket import Sockets
 from service.telemetry import registry_of
 from service.web.app import make_app
@@ -33,8 +33,6 @@ from service.web.sites import listen
 from service.web.telling import telling_routes
 
 log = logging.getLogger(__name__)
-KEEPALIVE_S = 40
-"""Idle time after which a connection is checked; without an answer for half of it, its sessions are freed."""
 
 
 class Server:
@@ -60,7 +58,8 @@ class Server:
         self._handoff = None
         if place is not None:
             self._handoff = Handoff(self.engine, [Peer(each.path) for each in place.siblings], place.index)
-        self._native = SequenceServicer(self.engine, loaded.broken, self._handoff)
+        self._ages = ConnectionAges.of(settings)
+        self._native = SequenceServicer(self.engine, loaded.broken, self._handoff, self._ages)
         # A call to load or unload reaches one of several workers alone.
         self._catalog = Catalog(self.engine, loaded, self._health, can_change=place is None)
         self._inference = InferenceServicer(self.engine, self._catalog, self._handoff)
@@ -71,17 +70,12 @@ class Server:
 
     async def start(self) -> None:
         """Listen and answer. Raises ConfigError for a port in use, an address or a certificate that does not work."""
+        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor(self.settings.max_response_bytes)]
+        if self._ages is not None:
+            interceptors.append(SeeingInterceptor(self._ages.see))
         self._grpc = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
-            options=[
-                # Off, or a second server on the port would start without an error; workers share it.
-                ("grpc.so_reuseport", int(self._place is not None)),
-                ("grpc.max_receive_message_length", self.settings.max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),  # a client that is gone without a word is found out
-                ("grpc.keepalive_timeout_ms", KEEPALIVE_S * 500),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # and may look for us as often as that
-            ],
+            interceptors=interceptors,
+            options=server_options(self.settings, shares_port=self._place is not None),
         )
         self._grpc.add_generic_rpc_handlers(
             (
@@ -90,8 +84,7 @@ class Server:
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        services = (SERVICE_NAME, INFERENCE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(services, self._grpc)
+        add_diagnostics(self._grpc, self.settings, (SERVICE_NAME, INFERENCE_NAME, health.SERVICE_NAME))
         self.port = self._bind(self._grpc)
         self.engine.start()
         await self._start_http()
