@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import itertools
 import time
@@ -22,6 +23,8 @@ from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from tests.onnx_models import build
 from tests.rpc import Received, Requests, code_of, details, frame, open_stream, predict, run_alone, sequences
 from tests.serving import Served, serving
+from tests.web.calls import browsing, decoded, opening, until_over
+from tests.web.calls import frame as json_frame
 from tests.wire import wire
 
 GET_MODEL = "/rnnserve.v1.SequenceService/GetModel"
@@ -172,6 +175,19 @@ async def test_a_session_that_lingers_loses_nothing_to_the_age_of_connections(re
                 for _ in stream.run(itertools.cycle(x)):
                     pass
             assert stream.drain_s == 0.1
+
+
+async def test_calls_over_websockets_have_no_age(repository: Path) -> None:
+    (x,) = sequences(5, 1, 3, 3)
+    ages = {"max_connection_age_s": 0.2, "max_connection_age_grace_s": 0.1}
+    with serving(repository, **ages) as served:
+        async with browsing(served) as session, session.ws_connect("/api/stream") as socket:
+            await socket.send_json(opening("lstm"))
+            await asyncio.sleep(0.5)  # past the age is what is tested
+            await socket.send_json(json_frame(x, closes=True))
+            messages = await until_over(socket)
+    assert [kind for message in messages for kind in message] == ["opened", "answer"]
+    np.testing.assert_array_equal(decoded(messages[1]["answer"]["tensors"][0]), run_alone(repository, "lstm", x))
 
 
 # Limits

@@ -177,7 +177,9 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         stream = await self._open(self.plan(lane), first.open)
         call = self._calls[stream] = _Call(lane, cast("asyncio.Task[None]", asyncio.current_task()))
         writer = asyncio.create_task(stream.write_to(context))
-        telling = None if self._ages is None else self._ages.call_when_old(context.peer(), stream.announce_drain)
+        telling = None
+        if self._ages is not None and (peer := context.peer()):
+            telling = self._ages.call_when_old(peer, stream.announce_drain)
         try:
             await self._read(stream, writer, context)
             await writer

@@ -118,6 +118,10 @@ class _Context:
         self._answers = answers
         self._is_first = True
 
+    def peer(self) -> str:
+        """No name: the age of connections is gRPC's alone."""
+        return ""
+
     async def read(self) -> bytes:
         """Wait for the next request, and serialise it. Raises InvalidInput, and _Gone."""
         try:
