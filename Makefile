@@ -16,7 +16,7 @@ export ORT_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test test-full test-compat check format protos options bench soak containers hooks clean
+.PHONY: help demo test test-full test-compat check format protos settings options bench soak containers hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -47,6 +47,9 @@ format: .venv/.installed ## mend what ruff can mend
 
 protos: .venv-protoc/.installed ## generate service/pb from protos/
 	.venv-protoc/bin/python scripts/protos.py
+
+settings: .venv/.installed ## list every setting of the server in docs/configuration.md
+	@$(BIN)/python -m scripts.settings
 
 options: .venv/.installed ## compare every option of layers with Keras; writes docs/options.md
 	@KERAS_BACKEND=torch $(BIN)/python -m tests.options_table

@@ -7,8 +7,13 @@ the file share the names below.
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
+import re
 import tomllib
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +24,10 @@ from service.errors import ConfigError
 
 PREFIX = "RNNSERVE_"
 """Of every environment variable."""
+OTHER_VARIABLES = frozenset({"RNNSERVE_SERVER"})
+"""Those that begin alike and are the client's."""
+_SERVICE_LINK = re.compile(rf"{PREFIX}(SERVICE_|PORT_\d)")
+"""Variables that Kubernetes makes for a Service called rnnserve."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
@@ -144,22 +153,70 @@ class Settings(BaseSettings):
 def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
     """Merge flags, environment and file. Raises ConfigError that names the setting at fault."""
     values = _read_toml(config) if config else {}
-    variables = {name.upper() for name, value in os.environ.items() if value}
-    below = {name: value for name, value in values.items() if f"{PREFIX}{name.upper()}" not in variables}
+    variables = _variables()
+    below = {name: value for name, value in values.items() if _variable(name) not in variables}
     try:
         settings = Settings(**(below | flags))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
         if first["type"] == "missing":
-            message = f"{name} is not set: give --{name.replace('_', '-')} or {PREFIX}{name.upper()}"
+            message = f"{name} is not set: give --{name.replace('_', '-')} or {_variable(name)}"
         elif first["type"] == "extra_forbidden":
-            message = f"{name} is no setting; `rnnserve serve --help` lists them"
+            close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            message = f"{name} is no setting; `rnnserve serve --help` lists them{meant}"
         else:
             message = f"{name}: {first['msg']}, got {first.get('input')!r}"
         raise ConfigError(message, field=name) from error
     _check_spilling(settings)
     return settings
+
+
+def sources_of(flags: Mapping[str, Any], config: Path | None = None) -> dict[str, str]:
+    """Tell where `load_settings` has each setting from. Raises ConfigError for a file that can't be read."""
+    values = _read_toml(config) if config else {}
+    variables = _variables()
+
+    def source(name: str) -> str:
+        if name in flags:
+            return f"--{name.replace('_', '-')}"
+        if _variable(name) in variables:
+            return _variable(name)
+        return str(config) if name in values else "default"
+
+    return {name: source(name) for name in Settings.model_fields}
+
+
+def write_toml(settings: Settings, sources: Mapping[str, str]) -> str:
+    """Write settings as a file that --config reads, each with where it is from; None can't be written but is told."""
+    lines = []
+    for name, value in settings.model_dump(mode="json").items():
+        # A string of JSON is one of TOML too, and so are numbers, switches and lists.
+        text = f"# {name} is not set" if value is None else f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        lines.append(f"{text:<50}  # {sources[name]}")
+    return f"# The settings of rnnserve {version('rnnserve')}, and where each is from.\n" + "\n".join(lines) + "\n"
+
+
+def unknown_variables() -> dict[str, str]:
+    """Find variables that set nothing, each with the name that was meant, perhaps, or an empty one."""
+    strange = {
+        name.removeprefix(PREFIX)
+        for name in _variables() - OTHER_VARIABLES
+        if name.startswith(PREFIX) and not _SERVICE_LINK.match(name)
+    }
+    known = {name.upper() for name in Settings.model_fields}
+    meant = {name: difflib.get_close_matches(name, known, n=1) for name in sorted(strange - known)}
+    return {f"{PREFIX}{name}": f"{PREFIX}{close[0]}" if close else "" for name, close in meant.items()}
+
+
+def _variable(name: str) -> str:
+    return f"{PREFIX}{name.upper()}"
+
+
+def _variables() -> set[str]:
+    """Names of variables that are not empty, which small letters count for too."""
+    return {name.upper() for name, value in os.environ.items() if value}
 
 
 def _check_spilling(settings: Settings) -> None:

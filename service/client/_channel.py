@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
-
-import grpc
+from typing import TYPE_CHECKING, Literal
 
 from service.client.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import grpc
 
 DEFAULT_TARGET = "localhost:8001"
 DEFAULT_PORT = 8001
@@ -75,6 +76,8 @@ class ChannelSettings:
 
     def credentials(self) -> grpc.ChannelCredentials:
         """What to show, and whom to trust."""
+        import grpc  # not needed to complete a command line, which can't wait for it
+
         return grpc.ssl_channel_credentials(self.root_certificates, self.client_key, self.client_certificate)
 
     def channel_options(self) -> list[tuple[str, str | int]]:

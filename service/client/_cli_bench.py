@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.client._cli_options import client_of, server_options
+from service.client._cli_options import client_of, complete_models, server_options
 
 if TYPE_CHECKING:
     from service.client.load import Measured
@@ -24,7 +24,7 @@ Examples:
   rnnserve bench lstm --kind predict --sessions 64 --longest 200 whole sequences of 1 to 200 steps
 """,
 )
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.option(
     "--kind",
     type=click.Choice(["steps", "frames", "predict"]),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.client._cli_options import client_of, priority_option, server_options
+from service.client._cli_options import client_of, complete_models, priority_option, server_options
 
 if TYPE_CHECKING:
     from service.client import Client, Generated
@@ -19,7 +19,7 @@ CALL_SEQUENCES = 256
 
 
 @click.command(short_help="Have a model make sequences.")
-@click.argument("model")
+@click.argument("model", shell_complete=complete_models)
 @click.argument("inputs", nargs=-1, metavar="[INPUT]...")
 @click.option("-n", "--num", default=1, show_default=True, metavar="N", help="Sequences, or hypotheses, of each INPUT.")
 @click.option("--prompt", metavar="TEXT", help="What is fed first, for every INPUT of an encoder-decoder.")

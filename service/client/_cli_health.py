@@ -6,10 +6,9 @@ import time
 from typing import Any
 
 import click
-import grpc
 
 from service.client._channel import HEALTH_CHECK, ChannelSettings
-from service.client._cli_options import server_options, settings_of
+from service.client._cli_options import complete_models, server_options, settings_of
 
 SERVING = 1
 """HealthCheckResponse.ServingStatus."""
@@ -17,7 +16,13 @@ INTERVAL_S = 0.2
 
 
 @click.command(short_help="Tell whether the server, or one model, is ready.")
-@click.option("--model", default="", metavar="NAME", help='Ask about one model, as "name" or "name/version".')
+@click.option(
+    "--model",
+    default="",
+    metavar="NAME",
+    shell_complete=complete_models,
+    help='Ask about one model, as "name" or "name/version".',
+)
 @click.option("--timeout", default=5.0, show_default=True, metavar="SECONDS", help="Longest time for an answer.")
 @click.option("--wait", default=0.0, metavar="SECONDS", help="Ask again until it is healthy, for that long.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing.")
@@ -39,6 +44,8 @@ def health(ctx: click.Context, /, model: str, timeout: float, wait: float, *, qu
 
 def _ask(settings: ChannelSettings, service: str, timeout_s: float) -> tuple[bool, str]:
     """Ask once: whether it is healthy, and why or why not. Protobuf is left out: the messages have one field each."""
+    import grpc
+
     name = service.encode()
     request = b"\x0a" + _varint(len(name)) + name if name else b""
     options = settings.channel_options()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.client._cli_options import client_of, server_options
-from service.client.info import ModelInfo, ModelList, TensorInfo
+from service.client._cli_options import client_of, complete_models, server_options
+
+if TYPE_CHECKING:
+    from service.client.info import ModelInfo, ModelList, TensorInfo
 
 _SHOWN = 40
 """Words of a vocabulary that are shown."""
 
 
 @click.command(short_help="List models, or tell all about one.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_models)
 @click.option("--model-version", default=0, metavar="N", help="Version of NAME; the newest by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--timeout", default=10.0, show_default=True, metavar="SECONDS", help="Longest time for the answer.")

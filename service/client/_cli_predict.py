@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.client._cli_options import client_of, priority_option, server_options, text_option
+from service.client._cli_options import (
+    client_of,
+    complete_files,
+    complete_models,
+    priority_option,
+    server_options,
+    text_option,
+)
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -21,8 +28,8 @@ CALL_BYTES = 8 * 1024 * 1024
 
 
 @click.command(short_help="Run whole sequences through a model.")
-@click.argument("model")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("model", shell_complete=complete_models)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", shell_complete=complete_files)
 @click.option("--model-version", default=0, metavar="N", help="Version of the model; the newest by default.")
 @click.option("--last", is_flag=True, help="Ask for the last step's output only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a sequence.")

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from service.client._cli_options import client_of, priority_option, server_options, text_option
+from service.client._cli_options import (
+    client_of,
+    complete_files,
+    complete_models,
+    priority_option,
+    server_options,
+    text_option,
+)
 
 if TYPE_CHECKING:
     from service.client.info import Priority
@@ -19,8 +26,8 @@ REPLAY_WINDOW = 256
 
 
 @click.command(short_help="Stream timesteps through a model.")
-@click.argument("model")
-@click.argument("file", default="-")
+@click.argument("model", shell_complete=complete_models)
+@click.argument("file", default="-", shell_complete=complete_files)
 @click.option("--model-version", default=0, metavar="N", help="Version of the model; the newest by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a timestep.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), metavar="HZ", help="Send so many steps a second.")

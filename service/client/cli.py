@@ -12,10 +12,12 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 ENTRY_POINTS = "rnnserve.commands"
 OWN = {
     "bench": "service.client._cli_bench:bench",
+    "completion": "service.client._cli_completion:completion",
     "generate": "service.client._cli_generate:generate",
     "health": "service.client._cli_health:health",
     "models": "service.client._cli_models:models",
@@ -41,6 +43,11 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name every subcommand, the installed packages' own included."""
         return sorted({*super().list_commands(ctx), *OWN, *_entry_points()})
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the name of a subcommand, without importing any."""
+        names = [CompletionItem(name) for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a subcommand. One that can't be imported says why when it is run."""

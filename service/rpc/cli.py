@@ -1,61 +1,63 @@
-"""`rnnserve serve`: one flag for every setting, made from the settings themselves."""
+"""`rnnserve serve`."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from service.rpc.flags import settings_options
+
 if TYPE_CHECKING:
     from service.config import Settings
 
-
-def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for every field of Settings; its help is the text under the field."""
-    from service.config import PREFIX, Settings
-
-    for name, field in reversed(Settings.model_fields.items()):
-        default = "" if field.is_required() or field.default is None else f"  [default: {field.default}]"
-        command = click.option(
-            f"--{name.replace('_', '-')}",
-            name,
-            metavar="VALUE",
-            default=None,
-            help=f"{field.description}{default}  [env: {PREFIX}{name.upper()}]",
-        )(command)
-    return command
+log = logging.getLogger(__name__)
 
 
 @click.command(short_help="Serve a repository of models over gRPC.")
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file of settings, below flags and environment.")
-@_settings_options
-def serve(config: Path | None, **flags: str | None) -> None:
+@click.option("--print-config", is_flag=True, help="Print every setting as TOML, with where it is from, and end.")
+@settings_options
+def serve(config: Path | None, *, print_config: bool, **flags: str | None) -> None:
     """Serve a repository of models over gRPC, with metrics and probes over HTTP.
 
     SIGTERM or Ctrl-C drains: what is new is refused, live streams get --drain-s to end.
     """
     # Read by gRPC's core when it is imported: its event-engine listener costs more than the older one here.
     os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")
-    if find_spec("onnxruntime") is None:
+    if find_spec("onnxruntime") is None and not print_config:
         _end("serving needs onnxruntime: pip install 'rnnserve[cpu]', or 'rnnserve[gpu]' on a machine with CUDA", 2)
 
-    from service.config import load_settings
+    from service.config import load_settings, sources_of, write_toml
     from service.errors import ConfigError
 
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        settings = load_settings({name: value for name, value in flags.items() if value is not None}, config)
+        settings = load_settings(given, config)
         log_to_stderr(settings)
+        _warn_of_variables()
+        if print_config:
+            click.echo(write_toml(settings, sources_of(given, config)), nl=False)
+            return
         if settings.workers > 1:
             _supervise(settings)
         else:
             _serve(settings)
     except ConfigError as error:
         _end(str(error), 2 if error.field else 1)
+
+
+def _warn_of_variables() -> None:
+    from service.config import unknown_variables
+
+    for name, meant in unknown_variables().items():
+        log.warning("the environment variable %s sets nothing%s", name, f": did you mean {meant}?" if meant else "")
 
 
 def _serve(settings: Settings) -> None:
@@ -78,8 +80,6 @@ def _supervise(settings: Settings) -> None:
 
 def log_to_stderr(settings: Settings, *, who: str = "") -> None:
     """Begin to log, each line with who wrote it."""
-    import logging
-
     logging.basicConfig(
         level=settings.log_level.upper(),
         format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
