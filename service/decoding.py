@@ -49,6 +49,7 @@ class Decoding(ABC):
         self.lane = lane
         self.priority = request.priority
         self.width = request.beams
+        self.arrived_at = 0.0
         self._generation = generation
         self._request = request
         self._states = states

@@ -71,6 +71,12 @@ class Engine:
         """Served model versions in the order of name and version."""
         return [lane for _, versions in sorted(self._lanes.items()) for _, lane in sorted(versions.items())]
 
+    @property
+    def live_lanes(self) -> list[Lane]:
+        """Those, and retired ones that are not yet forgotten; of two with one name and version that which is served."""
+        named = {(lane.name, lane.version): lane for lane in (*self._retired, *self.lanes)}
+        return [lane for _, lane in sorted(named.items())]
+
     def lane(self, model: str, version: int = 0) -> Lane:
         """Find a served model version; version 0 is the newest. Raises ModelNotFound, naming those there are."""
         versions = self._lanes.get(model)
@@ -156,7 +162,8 @@ class Engine:
     async def predict(self, lane: Lane, sequences: Sequences) -> Prediction:
         """Run whole sequences. Cancelling it frees what they hold."""
         self.check_open(lane)
-        call = PredictCall(lane, sequences)
+        with lane.tally.refusals():
+            call = PredictCall(lane, sequences)
         with self.queued(lane, call):
             return await call.result
 
@@ -166,6 +173,7 @@ class Engine:
         if lane not in self._waiting:
             call.withdraw()
             raise Unavailable(f"{lane.name}/{lane.version} is unloaded: use a version that is served")
+        call.arrived_at = self.clock()
         self._waiting[lane].append(call)
         self.wake()
         try:

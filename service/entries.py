@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -37,6 +37,8 @@ class Entries:
     """None: no entry has one."""
     inputs: list[Array]
     """Per-step inputs in the model's order, each [sum(lengths), ...]."""
+    arrived: list[float] = field(default_factory=list)
+    """When each entry came."""
 
     def skip(self, skips: dict[int, int]) -> None:
         """Leave out leading steps of some entries, and entries of which nothing is left."""
@@ -48,6 +50,7 @@ class Entries:
             self.positions = [self.positions[index] for index in left]
         if self.deadlines is not None:
             self.deadlines = [self.deadlines[index] for index in left]
+        self.arrived = [self.arrived[index] for index in left]
 
     def faults(self, tensors: Sequence[TensorSpec], settings: Settings, num_queued: int) -> dict[int, ServiceError]:
         """Find entries that the queue has no room for, or with values that the model must not see."""
@@ -97,7 +100,8 @@ def join(messages: list[Steps], sessions: list[Session], row_types: Sequence[Row
     for index, (dtype, shape) in enumerate(row_types):
         data = messages[0].inputs[index] if len(messages) == 1 else b"".join([m.inputs[index] for m in messages])
         inputs.append(np.frombuffer(data, dtype).reshape(shape))
-    return Entries(sessions, lengths, starts, positions, deadlines, inputs)
+    arrived = [message.arrived_at for message in messages for _ in message.sessions]
+    return Entries(sessions, lengths, starts, positions, deadlines, inputs, arrived)
 
 
 class Gathered:

@@ -280,3 +280,14 @@ class SpillLost(RunFailed):
 
     code = "DATA_LOSS"
     reason = "SPILL_LOST"
+
+
+def reasons() -> list[str]:
+    """List every `reason` that a request may be refused for, in order: a fixed set, for labels of metrics."""
+    at_start = {ConfigError.reason, ModelBroken.reason}
+    kinds, found = [ServiceError], set[str]()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found.add(kind.reason)
+    return sorted(found - at_start)

@@ -118,10 +118,20 @@ def arrive(express: Express, outputs: list[Array], now: float, seconds: float) -
     """Take the results of the run: move sessions, answer links."""
     lane, num = express.lane, len(express.rows)
     del lane.inbox[: len(express.messages)]
-    lane.tally.count_run(num, num, seconds)
+    tally, messages = lane.tally, express.messages
+    tally.count_run(num, num, seconds)
+    if len(messages) == num:  # they have come in this order
+        times = [message.arrived_at for message in messages]
+        tally.queue_durations.observe_since(times, now - seconds)
+        tally.request_durations.observe_since(times, now)
+    else:
+        for message in messages:
+            waited = now - message.arrived_at
+            tally.queue_durations.observe(max(waited - seconds, 0.0), len(message.sessions))
+            tally.request_durations.observe(waited, len(message.sessions))
     outputs = [y[:, 0] if is_per_step else y for y, is_per_step in zip(outputs, lane.is_output_per_step, strict=True)]
     start = 0
-    for message in express.messages:
+    for message in messages:
         crew, link, sessions = message.crew, message.link, message.sessions
         stop = start + len(sessions)
         if crew is not None:

@@ -18,6 +18,7 @@ from service.engine import Engine
 from service.generation import Made, Request
 from service.lane import Lane
 from service.predict import Sequences
+from service.tally import Tally
 
 Array = npt.NDArray[Any]
 
@@ -28,13 +29,44 @@ async def generate(engine: Engine, lane: Lane, request: Request) -> AsyncGenerat
     Raises Unavailable, Exhausted, BadValue for a source, and what a run fails with.
     """
     engine.check_open(lane)
+    meter = _Meter(lane.tally, request.num, engine.clock())
     states, constants = await _begin(engine, lane, request)
-    decoding = _decoding(lane, request, states, constants)
+    with lane.tally.refusals():
+        decoding = _decoding(lane, request, states, constants)
     with engine.queued(lane, decoding):
         while (made := await decoding.take()) is not None:
+            meter.take(made, engine.clock())
             yield made
             decoding.resume()
             engine.wake()
+
+
+class _Meter:
+    """Counts what one call makes, and how long its sequences take."""
+
+    def __init__(self, tally: Tally, num: int, now: float) -> None:
+        self._tally = tally
+        self._began_at = now
+        self._last_at = [0.0] * num
+        """When each sequence had its last output; 0: it has none yet."""
+
+    def take(self, made: Made, now: float) -> None:
+        """Count outputs that are handed to the caller."""
+        tally, last_at, num_outputs = self._tally, self._last_at, sum(made.lengths)
+        tally.outputs += num_outputs
+        times = [last_at[sequence] for sequence in made.sequences]
+        if num_outputs == len(times) and 0.0 not in times:  # mostly: one more of each
+            tally.next_outputs.observe_since(sorted(times), now)
+        else:
+            for last, length in dict(zip(made.sequences, zip(times, made.lengths, strict=True), strict=True)).values():
+                if last:
+                    tally.next_outputs.observe((now - last) / length, length)
+                else:
+                    tally.first_outputs.observe(now - self._began_at)
+        for sequence in made.sequences:
+            last_at[sequence] = now
+        if made.ends:
+            tally.request_durations.observe(now - self._began_at, len({end.sequence for end in made.ends}))
 
 
 async def _begin(engine: Engine, lane: Lane, request: Request) -> tuple[list[Array | None], list[list[Array] | Array]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from models.spec import StepMode
 from service.backend import Backend
 from service.config import Settings
 from service.entries import join
@@ -113,7 +114,14 @@ class Lane(Roster):
             self.gathered.add(entries)
         else:
             slots = [session.slot for session in entries.sessions]
-            self.scheduler.submit(slots, entries.lengths, entries.starts, entries.inputs, deadlines=entries.deadlines)
+            self.scheduler.submit(
+                slots,
+                entries.lengths,
+                entries.starts,
+                entries.inputs,
+                deadlines=entries.deadlines,
+                arrived=entries.arrived,
+            )
 
     def _tell_failed(self, session: Session, position: int, num_steps: int, error: ServiceError) -> None:
         self.tally.count_rejected(error.reason)
@@ -153,6 +161,8 @@ class Lane(Roster):
         cancelled = self.scheduler.complete(batch)
         if cancelled:
             self.free(cancelled)
+        if self.step_mode is not StepMode.GENERATIVE:  # whose calls are counted by service.generate
+            self._count_requests(batch, cancelled, now, seconds)
         by_slot = self.sessions.by_slot
         positions, rows_of, ending = advance(batch, cancelled, by_slot, now)
         outputs = self.runs.flatten(batch, outputs)
@@ -168,6 +178,13 @@ class Lane(Roster):
         if self._detaching:
             for session in [s for s in self._detaching if not self.scheduler.is_busy(s.slot)]:
                 self._detach(session, now)
+
+    def _count_requests(self, batch: Batch, cancelled: set[int], now: float, seconds: float) -> None:
+        is_first, is_last = batch.is_first, batch.is_last
+        if cancelled:
+            is_left = [slot not in cancelled for slot in batch.slots]
+            is_first, is_last = ([a and b for a, b in zip(is_left, each, strict=True)] for each in (is_first, is_last))
+        self.tally.count_requests(batch.arrived, is_first, is_last, now, seconds)
 
     def fail(self, run: Run, now: float) -> None:
         """A run failed: run each row alone, so that only sequences that fail by themselves are lost."""

@@ -25,6 +25,7 @@ from service.events import Answer, Link
 from service.lane import Lane
 from service.policies import Priority
 from service.sessions import Kept, Terms
+from service.tally import Cause
 from service.tensors import DTYPES, Array, decode, dtype_name, encode
 
 _SIZE_BYTES = 8
@@ -93,6 +94,7 @@ def give(lane: Lane, leaving: Sequence[Leaving]) -> list[Parcel]:
         )
         parcels.append(parcel)
         lane.close(each.link, each.handle)
+        lane.tally.sessions_ended[Cause.CLOSED] -= 1  # it goes on elsewhere
     return parcels
 
 
@@ -100,6 +102,7 @@ def adopt(lane: Lane, link: Link, parcel: Parcel, now: float) -> None:
     """Go on with a session in a lane of the same model file. Raises Exhausted."""
     handle, _, _ = lane.open(link, parcel.terms, now, parcel.given)
     lane.tally.sequences -= 1  # it did not begin here
+    lane.tally.sessions_opened -= 1
     session = link.sessions[handle]
     num_gathered = len(parcel.gathered[0]) if parcel.gathered else 0
     session.sent = session.expected = parcel.position

@@ -60,6 +60,8 @@ class Call(Protocol):
     priority: Priority
     width: int
     """Slots that a sequence takes."""
+    arrived_at: float
+    """When it began to wait."""
 
     @property
     def is_fed(self) -> bool:
@@ -96,6 +98,7 @@ class PredictCall:
         )
         self.priority = sequences.priority
         self.width = 1
+        self.arrived_at = 0.0
         self._sequences = sequences
         self._starts = np.cumsum(sequences.lengths) - sequences.lengths
         self._num_fed = 0
@@ -148,7 +151,18 @@ class PredictCall:
         self._num_fed += len(starts)
         self._stop_waiting(sum(lengths))
         constants = [rows[part] for rows in sequences.constants]
-        submit_sequences(self.lane, self.link, sequences.inputs, starts, lengths, states, now, self.priority, constants)
+        submit_sequences(
+            self.lane,
+            self.link,
+            sequences.inputs,
+            starts,
+            lengths,
+            states,
+            now,
+            self.priority,
+            constants,
+            arrived_at=self.arrived_at,
+        )
 
     def withdraw(self) -> None:
         """Feed no more."""
@@ -238,18 +252,22 @@ def submit_sequences(
     now: float,
     priority: Priority = Priority.NORMAL,
     constants: Sequence[Sequence[Array] | Array] = (),
+    *,
+    arrived_at: float | None = None,
 ) -> None:
     """Open, queue and close whole sequences; their handles count on from link.num_opened.
 
-    inputs     per-step inputs, packed; starts and lengths [n] say which rows
-    states     for each state [n, *row shape] or None for zeros
-    constants  for each of lane.constants.tensors [n, ...]
+    inputs      per-step inputs, packed; starts and lengths [n] say which rows
+    states      for each state [n, *row shape] or None for zeros
+    constants   for each of lane.constants.tensors [n, ...]
+    arrived_at  when the call that they are of began to wait; None: now
     """
     sessions = open_sequences(lane, link, len(starts), states, now, priority, constants)
     for session, length in zip(sessions, lengths, strict=True):
         session.expected = length
         lane.sessions.drain(session)
-    lane.scheduler.submit([session.slot for session in sessions], lengths, starts, inputs)
+    arrived = [now if arrived_at is None else arrived_at] * len(sessions)
+    lane.scheduler.submit([session.slot for session in sessions], lengths, starts, inputs, arrived=arrived)
 
 
 def open_sequences(

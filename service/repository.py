@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def load_version(
     keeps_states  as Backend takes it
     Raises ModelBroken and ConfigError.
     """
+    began = time.perf_counter()
     path = settings.repository / name / str(version) / MODEL_FILE
     if not path.is_file():
         raise ModelBroken(f"{path}: no such file")
@@ -89,7 +91,9 @@ def load_version(
         encoder = _load_encoder(settings, name, version, backend, keeps_states=keeps_states)
     if fault := ungenerable(backend.spec):
         raise ModelBroken(f"{path}: {fault}")
-    return _lane(settings, name, version, backend, store, encoder)
+    lane = _lane(settings, name, version, backend, store, encoder)
+    lane.tally.load_seconds = time.perf_counter() - began
+    return lane
 
 
 def _load_encoder(settings: Settings, name: str, version: int, decoder: Backend, *, keeps_states: bool | None) -> Lane:

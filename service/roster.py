@@ -19,7 +19,7 @@ from service.backend import Backend
 from service.config import Settings
 from service.constants import Constants
 from service.entries import Gathered
-from service.errors import Exhausted, InvalidInput, NotFound, RunFailed, ServiceError, SessionExpired
+from service.errors import Exhausted, InvalidInput, NotFound, RunFailed, ServiceError, SessionExpired, Unavailable
 from service.events import Closed, Link, Steps, StepsFailed
 from service.probe import Exactness
 from service.residence import Residence
@@ -27,11 +27,16 @@ from service.runs import AnySlab, RunMaker, make_runner
 from service.scheduler import BatchConfig, Scheduler
 from service.sessions import Session, SessionState, SessionTable, Terms
 from service.spill import SpillStore
-from service.tally import Tally
+from service.tally import Cause, Tally
 
 Array = npt.NDArray[Any]
 SLICE = 32
 """Sessions of a link that end in one turn of the event loop, at most."""
+_CAUSES = {
+    SessionState.CLOSED: Cause.CLOSED,
+    SessionState.EXPIRED: Cause.EXPIRED,
+    SessionState.FAILED: Cause.FAILED,
+}
 
 
 class Roster(ABC):
@@ -132,6 +137,7 @@ class Roster(ABC):
                 self.constants.put([slot], [[row] for row in given])
             session = self.sessions.open(slot, link, handle, terms, now)
             self.tally.sequences += 1
+            self.tally.sessions_opened += 1
             was_live = False
         else:
             self.flush()
@@ -155,7 +161,7 @@ class Roster(ABC):
         link.version += 1
         self.sessions.drain(session)
         if inputs := self.gathered.take(session):
-            self.scheduler.submit([session.slot], [len(inputs[0])], [0], inputs)
+            self.scheduler.submit([session.slot], [len(inputs[0])], [0], inputs, arrived=[session.used_at])
         if not self.scheduler.is_busy(session.slot):
             self.end(session, SessionState.CLOSED)
 
@@ -193,7 +199,7 @@ class Roster(ABC):
         """Free a session whose connection is gone, or detach it if it lingers."""
         session.link.members.discard(session)
         if not self.sessions.detach(session, now):
-            self.end(session, SessionState.CLOSED)
+            self.end(session, SessionState.CLOSED, Cause.DISCONNECTED)
 
     def expire(self, now: float) -> None:
         """End sessions that are past their linger or idle limit."""
@@ -227,9 +233,14 @@ class Roster(ABC):
         link.members.discard(session)
         link.sink(closed)
 
-    def end(self, session: Session, state: SessionState) -> None:
-        """End a session and free its slot: at once, or when the run that holds it completes."""
+    def end(self, session: Session, state: SessionState, cause: Cause | None = None) -> None:
+        """End a session and free its slot: at once, or when the run that holds it completes.
+
+        cause  where the state does not tell
+        """
         link: Link | None = session.link
+        if link is None or not link.is_predicting:
+            self.tally.sessions_ended[cause or _CAUSES[state]] += 1
         if link is not None:
             self.num_predicting -= link.is_predicting
             self._leave(session, state)
@@ -255,4 +266,4 @@ class Roster(ABC):
             self.tally.count_rejected(error.reason)
             lost = session.expected - session.applied
             link.sink(StepsFailed(session.handle, session.applied, lost, error, session.applied, is_over=True))
-        self.end(session, state)
+        self.end(session, state, Cause.DRAINED if isinstance(error, Unavailable) else None)

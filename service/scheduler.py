@@ -52,9 +52,9 @@ class BatchConfig:
     """Most steps of a batch of whole entries, over all rows and beyond the first, so that no run takes long."""
 
 
-Entry = tuple[int, int, Any, float]
-"""(length, first row in the payload, payload, deadline) of steps that were submitted together: a plain tuple, since one
-is made for every step of every session."""
+Entry = tuple[int, int, Any, float, float]
+"""(length, first row in the payload, payload, deadline, arrival) of steps that were submitted together: a plain tuple,
+since one is made for every step of every session."""
 
 
 @dataclass(slots=True)
@@ -72,6 +72,10 @@ class Batch:
     """Whether the batch ends the row's entry."""
     payloads: list[Any]
     """What was submitted with each row's entry."""
+    arrived: list[float]
+    """When each row's entry came, as its submitter says."""
+    is_first: list[bool]
+    """Whether the batch begins the row's entry."""
 
     def row(self, index: int) -> Batch:
         """Cut one row out, to be run and completed alone."""
@@ -87,6 +91,8 @@ class Batch:
             steps=max(counts),
             is_last=[self.is_last[row] for row in rows],
             payloads=[self.payloads[row] for row in rows],
+            arrived=[self.arrived[row] for row in rows],
+            is_first=[self.is_first[row] for row in rows],
         )
 
 
@@ -125,6 +131,7 @@ class Scheduler:
         payload: object,
         *,
         deadlines: Sequence[float] | None = None,
+        arrived: Sequence[float] | None = None,
     ) -> None:
         """Queue one entry for each slot.
 
@@ -133,11 +140,12 @@ class Scheduler:
         starts     [n] first row of each entry in the payload
         payload    whatever the caller needs to find the rows again
         deadlines  [n] entries that have not begun by then are dropped by `expire`; infinity and None never expire
+        arrived    [n] when each came, for whoever counts how long it took; None where nobody does
         """
         first, make_ready = self._first, self._line.append
         for index, slot in enumerate(slots):
             deadline = _NEVER if deadlines is None else deadlines[index]
-            entry = (lengths[index], starts[index], payload, deadline)
+            entry = (lengths[index], starts[index], payload, deadline, 0.0 if arrived is None else arrived[index])
             if first[slot] is None:
                 first[slot] = entry
                 make_ready(slot)
@@ -172,10 +180,12 @@ class Scheduler:
         return Batch(
             slots=slots,
             counts=counts,
-            starts=[start + done[slot] for (_, start, _, _), slot in zip(entries, slots, strict=True)],
+            starts=[start + done[slot] for (_, start, _, _, _), slot in zip(entries, slots, strict=True)],
             steps=steps,
             is_last=is_last,
-            payloads=[payload for _, _, payload, _ in entries],
+            payloads=[payload for _, _, payload, _, _ in entries],
+            arrived=[at for _, _, _, _, at in entries],
+            is_first=[not done[slot] for slot in slots],
         )
 
     def complete(self, batch: Batch) -> set[int]:

@@ -122,12 +122,13 @@ def test_metrics_count_what_was_done(repository: Path) -> None:
             for sample in family.samples
         }
         lstm = (("model", "lstm"), ("version", "1"))
-        assert found["rnnserve_steps_total", *lstm] == 60
-        assert found["rnnserve_sequences_total", *lstm] == 7
+        graph = (("graph", "main"), *lstm)
+        assert found["rnnserve_steps_total", *graph] == 60
+        assert found["rnnserve_sequences_total", *graph] == 7
         assert found["rnnserve_rejected_total", lstm[0], ("reason", "POSITION_GAP"), lstm[1]] == 1
-        assert found["rnnserve_slots_used", *lstm] == 0
-        assert found["rnnserve_run_rows_count", *lstm] == found["rnnserve_runs_total", *lstm] > 0
-        assert found["rnnserve_run_rows_sum", *lstm] == served.lane("lstm").tally.run_rows_sum
+        assert found["rnnserve_slots_used", *graph] == 0
+        assert found["rnnserve_batch_size_count", *graph] == found["rnnserve_runs_total", *graph] > 0
+        assert found["rnnserve_batch_size_sum", *graph] == served.lane("lstm").tally.run_rows_sum
         assert found["rnnserve_model_exactness", lstm[0], ("verdict", "exact"), lstm[1]] == 1
         assert get(served, "/livez") == get(served, "/readyz") == "ok\n"
 

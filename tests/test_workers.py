@@ -25,7 +25,7 @@ from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.rpc import supervisor
 from service.rpc.metrics import left_behind, merge, read_page, write_page
-from service.telemetry import FACTS
+from service.telemetry import OVER_WORKERS
 from tests.client.proxy import proxied
 from tests.onnx_models import build
 from tests.rpc import Received, Requests, frame, open_stream, run_alone, sequences
@@ -98,8 +98,8 @@ def test_connections_land_on_both_workers_and_one_page_sums_them(fleet: Fleet, m
         np.testing.assert_array_equal(stream.received.rows(0), run_alone(models, "lstm", x))
     assert value(page, "rnnserve_sessions", **LSTM) == 16
     assert value(page, "rnnserve_steps_total", **LSTM) - value(before, "rnnserve_steps_total", **LSTM) == 80
-    assert value(page, "rnnserve_run_rows_count", **LSTM) == value(page, "rnnserve_runs_total", **LSTM) > 0
-    assert value(page, "rnnserve_run_rows_bucket", le="+Inf", **LSTM) == value(page, "rnnserve_runs_total", **LSTM)
+    assert value(page, "rnnserve_batch_size_count", **LSTM) == value(page, "rnnserve_runs_total", **LSTM) > 0
+    assert value(page, "rnnserve_batch_size_bucket", le="+Inf", **LSTM) == value(page, "rnnserve_runs_total", **LSTM)
     assert value(page, "rnnserve_slots", **LSTM) == 2 * fleet.per_worker("rnnserve_slots")[0]
     assert value(page, "rnnserve_model_exactness", verdict="exact", **LSTM) == 1
     assert value(page, "rnnserve_workers") == 2
@@ -306,9 +306,10 @@ def test_merged_pages_sum_what_counts_and_show_facts_once() -> None:
 
 
 def test_every_gauge_was_thought_about(served: Served) -> None:
-    """A gauge is summed over workers unless it is a fact; a new one has to be put on one side."""
+    """A gauge is summed over workers unless OVER_WORKERS says otherwise; a new one has to be put on one side."""
     summed = {"rnnserve_sessions", "rnnserve_slots_used", "rnnserve_slots", "rnnserve_queued_steps"}
     summed |= {"rnnserve_sessions_resident", "rnnserve_sessions_spilled"}
+    summed |= {"process_virtual_memory_bytes", "process_resident_memory_bytes", "process_open_fds"}
     with urllib.request.urlopen(f"http://127.0.0.1:{served.server.http_port}/metrics") as response:
         gauges = {metric.name for metric in read_page(response.read()) if metric.type == "gauge"}
-    assert gauges == summed | FACTS
+    assert gauges == summed | OVER_WORKERS.keys()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import add
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from service.telemetry import FACTS
+from service.telemetry import OVER_WORKERS
 
 Page = Sequence[Metric]
+_SUM: Callable[[float, float], float] = add
 NEVER_FALLS = frozenset({"counter", "histogram"})
 """Types of metrics that a worker leaves behind when it ends."""
 
@@ -29,15 +31,15 @@ def write_page(page: Page) -> bytes:
 
 
 def merge(pages: Iterable[Page]) -> Page:
-    """Sum metrics of the same name and labels; facts are taken once."""
+    """Put metrics of the same name and labels together: sums, but for those that OVER_WORKERS names."""
     families: dict[str, tuple[Metric, dict[_Key, float]]] = {}
     for page in pages:
         for metric in page:
             _, values = families.setdefault(metric.name, (metric, {}))
+            both = OVER_WORKERS.get(metric.name, _SUM)
             for sample in metric.samples:
                 key = (sample.name, tuple(sample.labels.items()))
-                known = values.get(key, 0.0)
-                values[key] = max(known, sample.value) if metric.name in FACTS else known + sample.value
+                values[key] = both(values[key], sample.value) if key in values else sample.value
     merged = []
     for metric, values in families.values():
         total = Metric(metric.name, metric.documentation, metric.type)

@@ -102,20 +102,21 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
     async def Predict(self, request: pb.PredictRequest, context: Context) -> bytes:
         """Run whole sequences. Returns a serialised PredictResponse."""
         lane = self._engine.lane(request.model, request.version)
-        check_driven(lane)
         plan = self.plan(lane)
-        outputs = plan.pick_outputs(request.outputs)
-        data, num_rows, states = plan.read(request.inputs, "inputs")
-        if not num_rows:
-            raise InvalidInput(f"no steps: {lane.name} takes {', '.join(plan.inputs)}", field="inputs")
-        lengths = lengths_of(request.inputs, plan, num_rows)
-        for name, values in states.items():
-            if len(values) != len(lengths):
-                raise ShapeMismatch(f"{name} has {len(values)} rows for {len(lengths)} sequences", field="inputs")
-        if missing := [name for name in plan.constants if name not in states]:
-            raise InvalidInput(f"input {missing[0]} is missing: one row a sequence", field="inputs")
-        if request.emit not in pb.Emit.values():
-            raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
+        with lane.tally.refusals():
+            check_driven(lane)
+            outputs = plan.pick_outputs(request.outputs)
+            data, num_rows, states = plan.read(request.inputs, "inputs")
+            if not num_rows:
+                raise InvalidInput(f"no steps: {lane.name} takes {', '.join(plan.inputs)}", field="inputs")
+            lengths = lengths_of(request.inputs, plan, num_rows)
+            for name, values in states.items():
+                if len(values) != len(lengths):
+                    raise ShapeMismatch(f"{name} has {len(values)} rows for {len(lengths)} sequences", field="inputs")
+            if missing := [name for name in plan.constants if name not in states]:
+                raise InvalidInput(f"input {missing[0]} is missing: one row a sequence", field="inputs")
+            if request.emit not in pb.Emit.values():
+                raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
         prediction = await self._engine.predict(
             lane,
             Sequences(
@@ -145,8 +146,9 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         """Make outputs one after another, and answer them as they are made."""
         lane = self._engine.lane(request.model, request.version)
         plan = self.plan(lane)
-        asked = read_generate(plan, request)
-        timeout_s = timeout_of(request)
+        with lane.tally.refusals():
+            asked = read_generate(plan, request)
+            timeout_s = timeout_of(request)
         clock = asyncio.get_running_loop().time
         ends_at = None if timeout_s is None else clock() + timeout_s
         try:
@@ -233,6 +235,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
                 await stream.has_room()
                 if writer.done():
                     return
+        await asyncio.sleep(0)  # where the client is gone, and has not sent all, gRPC cancels this now
         stream.finish()
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:

@@ -17,6 +17,7 @@ from service.config import Settings
 from service.engine import Engine
 from service.errors import ConfigError
 from service.repository import Broken, Loaded
+from service.rpc.calls import CallInterceptor
 from service.rpc.catalog import Catalog
 from service.rpc.handoff import Handoff
 from service.rpc.interceptors import ErrorInterceptor, SeeingInterceptor
@@ -26,7 +27,8 @@ from service.rpc.oip.servicer import InferenceServicer
 from service.rpc.peers import Peer, Place
 from service.rpc.transport import ConnectionAges, add_diagnostics, server_options
 from service.rpc.websocket import Sockets
-from service.telemetry import registry_of
+from service.tally import CallTally
+from service.telemetry import CallCollector, registry_of
 from service.web.app import make_app
 from service.web.page import add_page
 from service.web.sites import listen
@@ -65,12 +67,16 @@ class Server:
         self._inference = InferenceServicer(self.engine, self._catalog, self._handoff)
         self._catalog.streams = (self._native,)
         self._catalog.keepers = (self._native.forget, self._inference.desk.forget)
+        self._calls = CallTally()
         self._grpc: grpc.aio.Server | None = None
         self._http: web.AppRunner | None = None
 
     async def start(self) -> None:
         """Listen and answer. Raises ConfigError for a port in use, an address or a certificate that does not work."""
-        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor(self.settings.max_response_bytes)]
+        interceptors: list[grpc.aio.ServerInterceptor] = [
+            CallInterceptor(self._calls),
+            ErrorInterceptor(self.settings.max_response_bytes),
+        ]
         if self._ages is not None:
             interceptors.append(SeeingInterceptor(self._ages.see))
         self._grpc = grpc.aio.server(
@@ -131,7 +137,7 @@ class Server:
             ) from error
 
     async def _start_http(self) -> None:
-        app = make_app(self.engine, registry_of(self.engine, self.broken))
+        app = make_app(self.engine, registry_of(self.engine, self.broken, CallCollector(self._calls)))
         if self._handoff is not None:
             app.add_routes(self._handoff.routes())
         if self.settings.page:

@@ -186,7 +186,9 @@ class Supervisor:
                 if answer is not None:
                     worker.page = read_page(answer)
             live = list(self._live.values())
-            page = merge([worker_metrics(len(live), self._num_restarts), self._past, *(each.page for each in live)])
+            is_ready = len(live) == len(self._places) and not self._stopping.is_set()
+            whole = worker_metrics(len(live), self._num_restarts, is_ready=is_ready)
+            page = merge([whole, self._past, *(each.page for each in live)])
         return web.Response(body=write_page(page), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _readyz(self, _: web.Request) -> web.Response:

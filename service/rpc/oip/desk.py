@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 
 from models.spec import StepMode
 from service.engine import Engine
@@ -78,6 +78,8 @@ class Desk:
                 return self._step(request, options, inference)
             self._predict(request, options, inference, self.lane(request.model_name, request.model_version))
         except ServiceError as error:
+            with suppress(ServiceError):  # of a model that is not served
+                self.lane(request.model_name, request.model_version).tally.count_rejected(error.reason)
             inference.fail(error)
         return None
 

@@ -22,6 +22,7 @@ from service.rpc.oip.inference import Inference
 from service.rpc.oip.options import Options
 from service.rpc.oip.tensors import Given, InferPlan
 from service.sessions import SessionState, Terms
+from service.tally import Cause
 
 OpenSession = Callable[[Link, Terms, float], tuple[int, int, bool]]
 """As Lane.open."""
@@ -47,6 +48,7 @@ class Sequence:
         self._session = self._link.sessions[handle]
         self.is_ending = False
         """Whether it takes no more requests, and ends once those that wait are answered."""
+        self._cause = Cause.CLOSED
         self._ends_anyway = False  # even if the request that was to end it is refused
         self.patterns: list[bytes] = []
         """What its requests look like: see repeat.py."""
@@ -78,8 +80,9 @@ class Sequence:
         self._line.append(inference)
         engine.submit(self.plan.lane, steps)
 
-    def end(self) -> None:
+    def end(self, cause: Cause = Cause.CLOSED) -> None:
         """End it once every request is answered, whatever becomes of them."""
+        self._cause = cause
         self.is_ending = self._ends_anyway = True
         self._settle()
 
@@ -89,7 +92,7 @@ class Sequence:
             return
         if self.is_ending:
             self._table.leave(self)
-            self.plan.lane.end(self._session, SessionState.CLOSED)
+            self.plan.lane.end(self._session, SessionState.CLOSED, self._cause)
             self._link.sink = _ignore  # a cycle of references less
         else:
             self._sent = self._session.expected
@@ -200,7 +203,7 @@ class SequenceTable:
         """End what has been idle for too long."""
         since = self._engine.clock() - self._engine.settings.sequence_idle_s
         for sequence in [each for each in self._live.values() if each.is_idle(since)]:
-            sequence.end()
+            sequence.end(Cause.EXPIRED)
         self._is_sweeping = bool(self._live)
         if self._is_sweeping:
             asyncio.get_running_loop().call_later(self._sweep_s, self._sweep)

@@ -1,0 +1,341 @@
+"""What /metrics says: it parses, agrees with itself and with what was sent, and grows by no stranger's words."""
+
+from __future__ import annotations
+
+import math
+import urllib.request
+from bisect import bisect_left
+from collections import defaultdict
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.pb.inference import inference_pb2_grpc as oip_grpc
+from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
+from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
+from service.tally import DURATIONS_S, Histogram
+from service.telemetry import REASONS
+from tests.generating import save, tokens
+from tests.oip.calls import request, step
+from tests.rpc import Received, Requests, frame, open_stream, predict, sequences
+from tests.serving import Served, serving
+from tests.workers import wait_until
+
+LSTM = {"model": "lstm", "version": "1"}
+NATIVE = "rnnserve.v1.SequenceService"
+Series = tuple[str, frozenset[tuple[str, str]]]
+
+
+class Page:
+    """One scrape."""
+
+    def __init__(self, served: Served) -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{served.server.http_port}/metrics") as response:
+            self.text = response.read().decode()
+        self.families = list(text_string_to_metric_families(self.text))
+        self.series: dict[Series, float] = {}
+        for family in self.families:
+            for sample in family.samples:
+                key = (sample.name, frozenset(sample.labels.items()))
+                assert key not in self.series, f"{key} is there twice"
+                self.series[key] = sample.value
+
+    def of(self, name: str, **labels: str) -> float:
+        """Sum of all series of that name with those labels."""
+        found = [v for (known, have), v in self.series.items() if known == name and labels.items() <= set(have)]
+        assert found, f"no series {name} {labels}"
+        return math.fsum(found)
+
+
+def check_histograms(page: Page) -> int:
+    """Hold every histogram to its laws. Returns how many there are."""
+    buckets: dict[Series, list[tuple[float, float]]] = defaultdict(list)
+    for (name, labels), value in page.series.items():
+        if name.endswith("_bucket"):
+            rest = frozenset(each for each in labels if each[0] != "le")
+            buckets[name.removesuffix("_bucket"), rest].append((float(dict(labels)["le"]), value))
+    for (name, labels), pairs in buckets.items():
+        bounds, counts = zip(*pairs, strict=True)
+        assert list(bounds) == sorted(set(bounds)), name
+        assert bounds[-1] == math.inf, name
+        assert list(counts) == sorted(counts), name
+        assert page.series[f"{name}_count", labels] == counts[-1], name
+        sum_ = page.series[f"{name}_sum", labels]
+        numbers = np.diff([0.0, *counts])
+        least = float(np.dot(numbers, [0.0, *bounds[:-1]]))
+        assert least <= sum_ or math.isclose(least, sum_), name
+        if not numbers[-1]:
+            most = float(np.dot(numbers[:-1], bounds[:-1]))
+            assert sum_ <= most or math.isclose(most, sum_), name
+    return len(buckets)
+
+
+def stream(served: Served, model: str, x: np.ndarray, num_sessions: int, **opened: object) -> None:
+    """Send a frame for each step of x to each session, and close."""
+    opens = [pb.SessionOpen() for _ in range(num_sessions)]
+    handles = list(range(num_sessions))
+    frames = [frame(*[row[None]] * num_sessions, handles=handles) for row in x]
+    with served.stub() as stub:
+        received = Received.all(stub.StreamPredict(iter([open_stream(model, sessions=opens, **opened), *frames])))
+    assert len(received.closed) == num_sessions
+
+
+@given(
+    st.lists(st.floats(0, 90), min_size=1, max_size=50),
+    st.floats(100, 200),
+)
+def test_a_histogram_of_times_is_that_of_their_ages(times: list[float], now: float) -> None:
+    times.sort()
+    histogram, expected = Histogram(), [0] * (len(DURATIONS_S) + 1)
+    histogram.observe_since(times, now)
+    for time in times:
+        expected[bisect_left(DURATIONS_S, now - time)] += 1
+    assert sum(histogram.counts) == len(times)
+    # A time that is a bound ago, but for rounding, may count on either side.
+    assert np.abs(np.cumsum(histogram.counts) - np.cumsum(expected)).max() <= sum(
+        any(math.isclose(now - time, bound, rel_tol=1e-12) for bound in DURATIONS_S) for time in times
+    )
+    assert histogram.sum == pytest.approx(sum(now - time for time in times))
+
+
+def test_counts_are_those_of_what_was_sent(repository: Path) -> None:
+    (x,) = sequences(1, 1, 20, 20)
+    with serving(repository) as served:
+        idle = Page(served)
+        stream(served, "lstm", x, 3)
+        with served.stub() as stub:
+            predict(stub, "lstm", sequences(2, 5, 10, 10))
+            bad = frame(x[:2], positions=[9])
+            Received.all(stub.StreamPredict(iter([open_stream("lstm"), bad])))
+            with pytest.raises(grpc.RpcError):
+                stub.Predict(pb.PredictRequest(model="lstm", inputs=[pb.Tensor(data=b"123")]))
+        with grpc.insecure_channel(served.address) as channel:
+            triton = oip_grpc.GRPCInferenceServiceStub(channel)
+            for t in range(4):
+                triton.ModelInfer(step("lstm", 7, x[t : t + 1], sequence_start=t == 0, sequence_end=t == 3))
+            with pytest.raises(grpc.RpcError):
+                triton.ModelInfer(request("lstm", x[None, :, 1:]))
+        page = Page(served)
+    assert check_histograms(page) > 30
+    assert page.of("rnnserve_steps_total", **LSTM) == 60 + 50 + 4
+    requests = 60 + 5 + 4
+    assert page.of("rnnserve_requests_total", outcome="success", **LSTM) == requests
+    assert page.of("rnnserve_request_duration_seconds_count", graph="main", **LSTM) == requests
+    assert page.of("rnnserve_queue_duration_seconds_count", **LSTM) == requests
+    runs = page.of("rnnserve_runs_total", **LSTM)
+    assert page.of("rnnserve_run_duration_seconds_count", **LSTM) == runs
+    assert page.of("rnnserve_batch_size_count", **LSTM) == runs
+    assert page.of("rnnserve_batch_size_sum", **LSTM) >= page.of("rnnserve_steps_total", **LSTM) / 10
+    times = {part: page.of(f"rnnserve_{part}_duration_seconds_sum", **LSTM) for part in ("queue", "run", "request")}
+    assert times["run"] > 0
+    assert times["queue"] < times["request"]
+    reasons = {reason: page.of("rnnserve_rejected_total", reason=reason, **LSTM) for reason in REASONS}
+    assert {reason: count for reason, count in reasons.items() if count} == {"POSITION_GAP": 1, "SHAPE_MISMATCH": 2}
+    assert page.of("rnnserve_requests_total", outcome="failure", **LSTM) == 3
+    assert page.of("rnnserve_sessions_opened_total", **LSTM) == 3 + 1 + 1
+    assert page.of("rnnserve_sessions_closed_total", cause="closed", **LSTM) == 5
+    assert page.of("rnnserve_sessions", **LSTM) == 0
+    assert page.of("rnnserve_requests_total", model="gru") == 0
+    assert idle.of("rnnserve_model_load_duration_seconds", **LSTM) > 0
+    assert idle.of("rnnserve_ready") == idle.of("rnnserve_build_info", provider="cpu") == 1
+    assert page.of("process_resident_memory_bytes") > 2**20
+    assert idle.of("process_cpu_seconds_total") <= page.of("process_cpu_seconds_total")
+
+
+def test_a_request_of_many_steps_counts_once_however_many_runs_it_takes(repository: Path) -> None:
+    (x,) = sequences(3, 1, 50, 50)
+    with serving(repository, max_chunk_steps=8) as served:
+        with served.stub() as stub:
+            Received.all(stub.StreamPredict(iter([open_stream("lstm"), frame(x)])))
+        page = Page(served)
+    assert page.of("rnnserve_runs_total", **LSTM) == 7
+    assert page.of("rnnserve_run_duration_seconds_count", **LSTM) == 7
+    assert page.of("rnnserve_request_duration_seconds_count", **LSTM) == 1
+    assert page.of("rnnserve_queue_duration_seconds_count", **LSTM) == 1
+    lasted, ran = (page.of(f"rnnserve_{part}_duration_seconds_sum", **LSTM) for part in ("request", "run"))
+    assert lasted > ran
+
+
+def test_strangers_make_no_series(repository: Path) -> None:
+    (x,) = sequences(4, 1, 2, 2)
+
+    def call(served: Served, word: str) -> None:
+        with grpc.insecure_channel(served.address) as channel:
+            stub, triton = pb_grpc.SequenceServiceStub(channel), oip_grpc.GRPCInferenceServiceStub(channel)
+            attempts = [
+                lambda: predict(stub, word, [x]),
+                lambda: predict(stub, "lstm", [x], version=len(word) + 9),
+                lambda: stub.GetModel(pb.GetModelRequest(model=word)),
+                lambda: Received.all(stub.StreamPredict(iter([open_stream(word)]))),
+                lambda: triton.ModelInfer(request(word, x[None], request_id=word)),
+                lambda: triton.ModelInfer(request("lstm", x[None], version="99", parameter=word)),
+                lambda: triton.ModelInfer(step("lstm", word, x[:1])),
+                lambda: channel.unary_unary(f"/{NATIVE}/{word}")(b""),
+                lambda: channel.unary_unary(f"/{word}/{word}")(b""),
+            ]
+            for attempt in attempts:
+                with pytest.raises(grpc.RpcError):
+                    attempt()
+            sessions = [pb.SessionOpen(session_id=word)]
+            Received.all(stub.StreamPredict(iter([open_stream("lstm", sessions=sessions), frame(x)])))
+
+    with serving(repository) as served:
+        call(served, "first")
+        before = Page(served)
+        for number in range(20):
+            call(served, f"hostile-{number}")
+        after = Page(served)
+    assert after.series.keys() == before.series.keys()
+    assert "hostile" not in after.text
+    assert after.of("grpc_server_call_started_total", grpc_method="other") == 42
+    assert after.of("rnnserve_sessions_opened_total", **LSTM) == 21
+
+
+def test_sessions_end_by_cause(repository: Path) -> None:
+    (x,) = sequences(5, 1, 3, 3)
+
+    def ended(served: Served) -> dict[str, float]:
+        page = Page(served)
+        found = {
+            cause: page.of("rnnserve_sessions_closed_total", cause=cause, **LSTM)
+            for cause in ("closed", "disconnected", "expired", "failed", "drained")
+        }
+        live = page.of("rnnserve_sessions", **LSTM)
+        assert page.of("rnnserve_sessions_opened_total", **LSTM) == sum(found.values()) + live
+        return {cause: count for cause, count in found.items() if count}
+
+    with serving(repository, session_idle_s=0.05, drain_s=0.0) as served, served.stub() as stub:
+        stream(served, "lstm", x, 2)
+        assert ended(served) == {"closed": 2}
+        requests = Requests()
+        responses = stub.StreamPredict(iter(requests), timeout=30)
+        requests.put(open_stream("lstm"))
+        requests.put(frame(x))
+        wait_until(lambda: ended(served) == {"closed": 2, "expired": 1})
+        requests.close()
+    with serving(repository, drain_s=0.0) as served, served.stub() as stub:
+        requests = Requests()
+        responses = stub.StreamPredict(iter(requests), timeout=30)
+        requests.put(open_stream("lstm", sessions=[pb.SessionOpen()]))
+        next(responses)
+        responses.cancel()
+        wait_until(lambda: ended(served) == {"disconnected": 1})
+
+
+def test_unloaded_versions_are_shown_no_more(repository: Path) -> None:
+    from service.pb.inference import inference_pb2 as oip
+
+    with serving(repository, drain_s=0.1) as served, grpc.insecure_channel(served.address) as channel:
+        triton = oip_grpc.GRPCInferenceServiceStub(channel)
+        requests = Requests()
+        responses = pb_grpc.SequenceServiceStub(channel).StreamPredict(iter(requests), timeout=30)
+        requests.put(open_stream("lstm", sessions=[pb.SessionOpen()]))
+        next(responses)
+        lane = served.lane("lstm")
+        triton.RepositoryModelUnload(oip.RepositoryModelUnloadRequest(model_name="lstm"))
+        assert Page(served).of("rnnserve_sessions_opened_total", **LSTM) == 1  # it drains, and is still seen
+        wait_until(lambda: not any(("model", "lstm") in labels for _, labels in Page(served).series))
+        assert lane.tally.sessions_ended["drained"] == 1
+        triton.RepositoryModelLoad(oip.RepositoryModelLoadRequest(model_name="lstm"))
+        assert Page(served).of("rnnserve_sessions_opened_total", **LSTM) == 0
+
+
+def test_calls_are_counted_by_method_and_status(repository: Path) -> None:
+    (x,) = sequences(6, 1, 4, 4)
+    messages = [open_stream("lstm"), *(frame(row[None]) for row in x)]
+    with serving(repository) as served:
+        with served.stub() as stub:
+            replies = list(stub.StreamPredict(iter(messages)))
+            models = [stub.ListModels(pb.ListModelsRequest()) for _ in range(3)]
+            for name in ("no", "not"):
+                with pytest.raises(grpc.RpcError):
+                    stub.GetModel(pb.GetModelRequest(model=name))
+            requests = Requests()
+            cancelled = stub.StreamPredict(iter(requests), timeout=30)
+            requests.put(open_stream("lstm"))
+            next(cancelled)
+            cancelled.cancel()
+            requests = Requests()
+            late = stub.StreamPredict(iter(requests), timeout=0.2)
+            requests.put(open_stream("lstm"))
+            with pytest.raises(grpc.RpcError):
+                list(late)
+        name = "grpc_server_call_duration_seconds_count"
+        wait_until(
+            lambda: (
+                Page(served).of("grpc_server_call_started_total", grpc_method=f"{NATIVE}/StreamPredict")
+                == Page(served).of(name, grpc_method=f"{NATIVE}/StreamPredict")
+            )
+        )
+        page = Page(served)
+    ended = {
+        (dict(labels)["grpc_method"].split("/")[1], dict(labels)["grpc_status"]): value
+        for (known, labels), value in page.series.items()
+        if known == name
+    }
+    assert ended == {
+        ("StreamPredict", "OK"): 1,
+        ("StreamPredict", "CANCELLED"): 1,
+        ("StreamPredict", "DEADLINE_EXCEEDED"): 1,
+        ("ListModels", "OK"): 3,
+        ("GetModel", "NOT_FOUND"): 2,
+    }
+    sizes = {
+        (method, way): page.of(
+            f"grpc_server_call_{way}_total_compressed_message_size_bytes_sum",
+            grpc_method=f"{NATIVE}/{method}",
+            grpc_status=status,
+        )
+        for method, status in (("StreamPredict", "OK"), ("ListModels", "OK"), ("GetModel", "NOT_FOUND"))
+        for way in ("sent", "rcvd")
+    }
+    assert sizes == {
+        ("StreamPredict", "rcvd"): sum(map(pb.StreamPredictRequest.ByteSize, messages)),
+        ("StreamPredict", "sent"): sum(map(pb.StreamPredictResponse.ByteSize, replies)),
+        ("ListModels", "rcvd"): 0,
+        ("ListModels", "sent"): sum(map(pb.ListModelsResponse.ByteSize, models)),
+        ("GetModel", "rcvd"): sum(pb.GetModelRequest(model=each).ByteSize() for each in ("no", "not")),
+        ("GetModel", "sent"): 0,
+    }
+    seconds = page.of("grpc_server_call_duration_seconds_sum", grpc_status="DEADLINE_EXCEEDED")
+    assert 0.1 < seconds < 10
+
+
+def test_what_generates_is_counted_and_encoders_are_seen(tmp_path: Path) -> None:
+    save(tokens(7), tmp_path, "names")
+    save(tokens(encoder=True, begin=True), tmp_path, "translate")
+    with serving(tmp_path) as served:
+        with served.stub() as stub:
+            prompts = pb.Tensor(data=np.array([2, 3, 4], np.int64).tobytes(), lengths=[1, 1, 1])
+            made = list(stub.Generate(pb.GenerateRequest(model="names", inputs=[prompts], max_steps=6)))
+            source = served.lane("translate").encoder.step_inputs[0]
+            data = np.zeros((5, *source.row_shape), source.dtype).tobytes()
+            inputs = [pb.Tensor(name=source.name, data=data)]
+            list(stub.Generate(pb.GenerateRequest(model="translate", inputs=inputs, max_steps=3)))
+        page = Page(served)
+    check_histograms(page)
+    outputs = [each.output for each in made if each.HasField("output")]
+    num_ids = sum(len(each.ids) for each in outputs)
+    begun = {sequence for each in outputs for sequence in each.sequences}
+    names = {"model": "names", "version": "1"}
+    assert page.of("rnnserve_generated_outputs_total", **names) == num_ids > len(begun)
+    assert page.of("rnnserve_time_to_first_output_seconds_count", **names) == len(begun)
+    assert page.of("rnnserve_time_between_outputs_seconds_count", **names) == num_ids - len(begun)
+    assert page.of("rnnserve_requests_total", outcome="success", **names) == 3
+    assert page.of("rnnserve_steps_total", model="translate", graph="encoder") == 5
+    assert page.of("rnnserve_steps_total", model="translate", graph="main") >= 1
+    assert page.of("rnnserve_slots", model="translate", graph="encoder") > 0
+
+
+def test_refusals_of_a_call_are_told_with_its_model(tmp_path: Path) -> None:
+    save(tokens(7), tmp_path, "names")
+    with serving(tmp_path) as served:
+        with served.stub() as stub, pytest.raises(grpc.RpcError):
+            list(stub.Generate(pb.GenerateRequest(model="names", max_steps=6)))
+        page = Page(served)
+    assert page.of("rnnserve_rejected_total", model="names", reason="INVALID_INPUT") == 1
