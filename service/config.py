@@ -17,10 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import ConfigError
+from service.versions import VersionPolicies
 
 PREFIX = "RNNSERVE_"
 """Of every environment variable."""
@@ -32,6 +33,14 @@ _SERVICE_LINK = re.compile(rf"{PREFIX}(SERVICE_|PORT_\d)")
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Policies = Annotated[
+    VersionPolicies,
+    NoDecode,  # the environment holds the text of a flag, not JSON
+    BeforeValidator(VersionPolicies.parse),
+    PlainSerializer(VersionPolicies.dump),
+    Field(json_schema_extra={"repeats": True}),
+]
+"""On the command line it may be given in parts."""
 
 
 class Settings(BaseSettings):
@@ -48,6 +57,13 @@ class Settings(BaseSettings):
 
     repository: Path
     """Directory of models: <repository>/<model>/<version>/model.onnx."""
+    version_policy: Policies = VersionPolicies()
+    """Versions that are served: all, latest:N (the highest that load), or numbers such as 1,3; MODEL=POLICY is for one
+    model."""
+    watch: Seconds = 0.0
+    """Seconds between looks at the repository for what is new, changed or gone; 0 looks only at start."""
+    retire_s: Seconds = 0.0
+    """Longest that live sessions go on with a version that newer ones have replaced; 0 for as long as they last."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every IPv4 address, [::] for every one."""

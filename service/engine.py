@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ class Engine:
         self.is_draining = False
         self._lanes: dict[str, dict[int, Lane]] = {}
         self._retired: set[Lane] = set()
+        self._held: Counter[Lane] = Counter()
         self._waiting: dict[Lane, CallLine] = {}
         self._shares = LeastServed()
         self._links: set[Link] = set()  # of streams
@@ -61,7 +63,7 @@ class Engine:
     # ---- models -----------------------------------------------------------------------------------------------------
 
     def add(self, lane: Lane) -> None:
-        """Serve a model version."""
+        """Serve a model version; one of the same number is found no more, and is to be retired."""
         self._lanes.setdefault(lane.name, {})[lane.version] = lane
         for each in _both(lane):
             self._waiting[each] = CallLine(each)
@@ -77,9 +79,16 @@ class Engine:
         named = {(lane.name, lane.version): lane for lane in (*self._retired, *self.lanes)}
         return [lane for _, lane in sorted(named.items())]
 
-    def lane(self, model: str, version: int = 0) -> Lane:
-        """Find a served model version; version 0 is the newest. Raises ModelNotFound, naming those there are."""
+    def lane(self, model: str, version: int = 0, *, or_retired: bool = False) -> Lane:
+        """Find a served model version; version 0 is the newest. Raises ModelNotFound, naming those there are.
+
+        or_retired  whether one on which something is still live will do
+        """
         versions = self._lanes.get(model)
+        if or_retired and version not in (0, *(versions or ())):
+            for lane in self._retired:
+                if (lane.name, lane.version) == (model, version):
+                    return lane
         if versions is None:
             served = ", ".join(sorted(self._lanes)) or "none"
             raise ModelNotFound(f"no model {model!r} is served; served: {served}", field="model")
@@ -91,20 +100,42 @@ class Engine:
         return versions[version]
 
     def retire(self, lane: Lane) -> None:
-        """Find a model version no more, and begin nothing on it; what is live goes on."""
-        versions = self._lanes[lane.name]
-        del versions[lane.version]
-        if not versions:
-            del self._lanes[lane.name]
+        """Find a model version no more; what is live on it, or has found it already, goes on."""
+        versions = self._lanes.get(lane.name, {})
+        if versions.get(lane.version) is lane:
+            del versions[lane.version]
+            if not versions:
+                del self._lanes[lane.name]
         self._retired.add(lane)
 
     @property
-    def is_retiring(self) -> bool:
-        """Whether a retired version is not yet forgotten."""
-        return bool(self._retired)
+    def retired(self) -> list[Lane]:
+        """Retired versions that are not yet forgotten, in the order of name and version."""
+        return sorted(self._retired, key=lambda lane: (lane.name, lane.version)) if self._retired else []
+
+    def hold(self, lane: Lane) -> None:
+        """Count a version as used until it is released, though nothing may live on it meanwhile."""
+        self._held[lane] += 1
+
+    def release(self, lane: Lane) -> None:
+        """Give up a hold."""
+        self._held[lane] -= 1
+        if not self._held[lane]:
+            del self._held[lane]
+
+    @contextmanager
+    def holding(self, lane: Lane) -> Iterator[None]:
+        """Hold a version within the block."""
+        self.hold(lane)
+        try:
+            yield
+        finally:
+            self.release(lane)
 
     def is_used(self, lane: Lane) -> bool:
         """Whether anything lives, waits or runs in a lane, or it still has rows in the spill store."""
+        if lane in self._held:
+            return True
         for each in _both(lane):
             if each.sessions or each.inbox or self._waiting[each] or each.scheduler.num_queued_steps:
                 return True
@@ -141,7 +172,9 @@ class Engine:
         if self.is_draining:
             raise Unavailable("this server is stopping: use another one, or try again after a while", retry_after_s=1.0)
         if lane in self._retired:
-            raise Unavailable(f"{lane.name}/{lane.version} is being unloaded: use a version that is served")
+            raise Unavailable(
+                f"{lane.name}/{lane.version} is being unloaded: open a new stream, of a version that is served"
+            )
 
     def attach(self, link: Link) -> None:
         """Count a stream, until it is detached or dropped."""
@@ -161,7 +194,7 @@ class Engine:
 
     async def predict(self, lane: Lane, sequences: Sequences) -> Prediction:
         """Run whole sequences. Cancelling it frees what they hold."""
-        self.check_open(lane)
+        self.check_open()
         with lane.tally.refusals():
             call = PredictCall(lane, sequences)
         with self.queued(lane, call):

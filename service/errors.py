@@ -23,6 +23,7 @@
     +-- Unimplemented             a call, or a part of one, that this server does not have
     +-- Unavailable               the server is draining
     |   +-- SessionBusy           another worker holds the session and has steps of it to finish
+    |   +-- RepositoryUnreachable the repository of models can't be read for now
     +-- ConfigError               a setting that can't work (start-up)
     +-- ModelBroken               a model that can't be loaded (start-up, reload)
     +-- RunFailed                 onnxruntime failed: the server's fault
@@ -241,6 +242,12 @@ class SessionBusy(Unavailable):
             "again after a while",
             retry_after_s=1.0,
         )
+
+
+class RepositoryUnreachable(Unavailable):
+    """The repository of models can't be read for now. What is served goes on; the caller should try again later."""
+
+    reason = "REPOSITORY_UNREACHABLE"
 
 
 class ConfigError(ServiceError):

@@ -28,17 +28,18 @@ async def generate(engine: Engine, lane: Lane, request: Request) -> AsyncGenerat
 
     Raises Unavailable, Exhausted, BadValue for a source, and what a run fails with.
     """
-    engine.check_open(lane)
+    engine.check_open()
     meter = _Meter(lane.tally, request.num, engine.clock())
-    states, constants = await _begin(engine, lane, request)
-    with lane.tally.refusals():
-        decoding = _decoding(lane, request, states, constants)
-    with engine.queued(lane, decoding):
-        while (made := await decoding.take()) is not None:
-            meter.take(made, engine.clock())
-            yield made
-            decoding.resume()
-            engine.wake()
+    with engine.holding(lane):  # between its encoder and its decoder nothing else tells that it is used
+        states, constants = await _begin(engine, lane, request)
+        with lane.tally.refusals():
+            decoding = _decoding(lane, request, states, constants)
+        with engine.queued(lane, decoding):
+            while (made := await decoding.take()) is not None:
+                meter.take(made, engine.clock())
+                yield made
+                decoding.resume()
+                engine.wake()
 
 
 class _Meter:

@@ -1,73 +1,137 @@
-"""Models on disk: <repository>/<model>/<version>/model.onnx. What is broken is said loudly and served without."""
+"""Loads models: <repository>/<model>/<version>/model.onnx. What is broken is said loudly and served without."""
 
 from __future__ import annotations
 
 import logging
 import time
+from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from models.spec import MODEL_FILE, Layout, Spec
 from service.backend import Backend, check_provider
+from service.changes import Key, changes
 from service.config import Settings
-from service.errors import ConfigError, ModelBroken, RunFailed, ServiceError
+from service.errors import ConfigError, ModelBroken, RepositoryUnreachable, RunFailed, ServiceError
 from service.lane import Lane
 from service.probe import probe
 from service.spill import SpillStore
+from service.storage import Found, LocalStorage, Storage
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A model version that is on disk but can't be served."""
+    """A model version that is in the repository but can't be served."""
 
     name: str
     version: int
     """0 where the model as a whole is at fault."""
     error: ServiceError
+    fingerprint: str = ""
+    """Of the files; see storage.Found."""
 
 
 @dataclass(slots=True)
 class Loaded:
     """What a repository holds."""
 
+    storage: Storage
+    """Where it lies; whoever serves the lanes closes it after them."""
     lanes: list[Lane] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
     store: SpillStore | None = None
     """Takes the states of idle sessions; whoever serves the lanes closes it after them."""
+    found: dict[Key, str] = field(default_factory=dict)
+    """What was in the repository at start, as storage.Found has it."""
+    prints: dict[Key, str] = field(default_factory=dict)
+    """What the files of those that are served were known by when they were loaded."""
+
+    def add(self, lane: Lane, fingerprint: str) -> None:
+        """Take in what was loaded."""
+        key = (lane.name, lane.version)
+        self.lanes.append(lane)
+        self.prints[key] = fingerprint
+        self.mend([key])
+
+    def mend(self, keys: Iterable[Key]) -> None:
+        """Count versions as broken no more."""
+        mended = set(keys)
+        self.broken[:] = [each for each in self.broken if (each.name, each.version) not in mended]
+
+    def add_broken(self, key: Key, error: ServiceError, fingerprint: str = "") -> None:
+        """Note why a version can't be served."""
+        self.mend([key])
+        self._put(Broken(*key, error, fingerprint))
+
+    def take_faults(self, found: Found) -> None:
+        """Note which models are misplaced now."""
+        self.broken[:] = [each for each in self.broken if each.version]
+        for model, error in found.faults:
+            self._put(Broken(model, 0, error))
+
+    def _put(self, broken: Broken) -> None:
+        insort(self.broken, broken, key=lambda each: (each.name, each.version))
+
+    @property
+    def broken_prints(self) -> dict[Key, str]:
+        """What the files of versions were known by that could not be loaded, though they could be read."""
+        return {
+            (each.name, each.version): each.fingerprint
+            for each in self.broken
+            if each.fingerprint and not isinstance(each.error, RepositoryUnreachable)
+        }
 
 
 def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> Loaded:
-    """Load every version of every model, in the order of name and version.
+    """Load the versions that the policy picks of every model, in the order of name and version.
 
     keeps_states  as Backend takes it
     Raises ConfigError where the repository, the provider or the spill store as a whole can't work.
     """
+    storage = open_storage(settings)
+    check_provider(settings.provider)
+    try:
+        found = storage.look()
+    except RepositoryUnreachable as error:
+        raise ConfigError(f"repository: {error}", field="repository") from error
+    loaded = Loaded(storage, store=SpillStore(settings.spill_store) if settings.spill_store else None)
+    loaded.take_faults(found)
+    loaded.found = found.prints
+    tried: dict[Key, str] = {}
+    while keys := changes(found.prints, loaded.prints, tried, settings.version_policy).load:
+        for key in keys:
+            tried[key] = fingerprint = found.prints[key]
+            try:
+                loaded.add(load_found(settings, loaded, key, fingerprint, keeps_states=keeps_states), fingerprint)
+            except (ModelBroken, RepositoryUnreachable) as error:
+                loaded.add_broken(key, error, fingerprint)
+    loaded.lanes.sort(key=lambda lane: (lane.name, lane.version))
+    return loaded
+
+
+def open_storage(settings: Settings) -> Storage:
+    """Find the repository. Raises ConfigError."""
     root = settings.repository
     if not root.is_dir():
         raise ConfigError(
             f"repository {root} is no directory: make it, then `rnnserve export RUN --repository {root}`",
             field="repository",
         )
-    check_provider(settings.provider)
-    loaded = Loaded(store=SpillStore(settings.spill_store) if settings.spill_store else None)
-    for model in _folders(root):
-        versions = _versions(model)
-        misnamed = [path for path in _folders(model) if not _is_version(path.name) and (path / MODEL_FILE).exists()]
-        for path in misnamed:
-            error = ModelBroken(f"{path}: not a version: name it by a number from 1 on, without leading zeros")
-            loaded.broken.append(Broken(model.name, 0, error))
-        if not versions and not misnamed:
-            error = ModelBroken(f"{model}: no version in it: the file belongs at {model.name}/1/{MODEL_FILE}")
-            loaded.broken.append(Broken(model.name, 0, error))
-        for version in versions:
-            try:
-                lane = load_version(settings, model.name, version, loaded.store, keeps_states=keeps_states)
-                loaded.lanes.append(lane)
-            except ModelBroken as error:
-                loaded.broken.append(Broken(model.name, version, error))
-    return loaded
+    return LocalStorage(root)
+
+
+def load_found(
+    settings: Settings, loaded: Loaded, key: Key, fingerprint: str, *, keeps_states: bool | None = None
+) -> Lane:
+    """Load a version whose files are known by that. Raises ModelBroken, RepositoryUnreachable and ConfigError."""
+    storage = loaded.storage
+    storage.fetch(key, fingerprint)
+    local = settings.model_copy(update={"repository": storage.root})
+    lane = load_version(local, *key, loaded.store, keeps_states=keeps_states)
+    storage.check(key, fingerprint)
+    return lane
 
 
 def load_version(
@@ -167,20 +231,3 @@ def ungenerable(spec: Spec) -> str:
             if found is None or found.layout is not Layout.PER_STEP or found.row_shape != tensor.row_shape:
                 return f"{tensor.name} is of every step of the source, and no encoder gives it so"
     return ""
-
-
-def models_on_disk(root: Path) -> dict[str, list[int]]:
-    """Versions of every model in a repository, whether they can be served or not."""
-    return {model.name: versions for model in _folders(root) if (versions := _versions(model))}
-
-
-def _versions(model: Path) -> list[int]:
-    return sorted(int(path.name) for path in _folders(model) if _is_version(path.name))
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
-
-
-def _is_version(name: str) -> bool:
-    return name.isascii() and name.isdecimal() and not name.startswith("0") and int(name) < 2**63

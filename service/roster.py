@@ -187,6 +187,10 @@ class Roster(ABC):
             self._let_go(session, now)
         return not link.members
 
+    def has_any(self, names: Iterable[str]) -> bool:
+        """Whether a session of one of those names is live."""
+        return any(self.sessions.find(Terms(session_id=name)) is not None for name in names)
+
     def find(self, terms: Terms, now: float) -> Session | None:
         """Find the live session of that name. Raises SessionNotFound where the terms want one and there is none."""
         session = self.sessions.find(terms)

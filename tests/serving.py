@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import uvloop
@@ -21,6 +21,8 @@ from service.repository import load_repository
 from service.rpc.server import Server
 
 T = TypeVar("T")
+FREE = {"port": 0, "http_port": 0, "drain_s": 0.1, "version_policy": "all"}
+"""Settings that servers of tests have, unless they are given others."""
 
 
 @dataclass
@@ -41,6 +43,10 @@ class Served:
             return act()
 
         return asyncio.run_coroutine_threadsafe(call(), self.loop).result(timeout=10)
+
+    def run(self, doing: Coroutine[Any, Any, T]) -> T:
+        """Await something on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(doing, self.loop).result(timeout=30)
 
     def lane(self, model: str) -> Lane:
         return self.server.engine.lane(model)
@@ -68,7 +74,7 @@ async def until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
 @asynccontextmanager
 async def serving_here(repository: Path, **settings: object) -> AsyncIterator[Server]:
     """Serve on the running loop, for clients on asyncio: gRPC is at its best with one such loop in a process."""
-    values = load_settings({"repository": repository, "port": 0, "http_port": 0, "drain_s": 0.1, **settings})
+    values = load_settings({"repository": repository, **FREE, **settings})
     server = Server(values, load_repository(values))
     await server.start()
     try:
@@ -80,7 +86,7 @@ async def serving_here(repository: Path, **settings: object) -> AsyncIterator[Se
 @contextmanager
 def serving(repository: Path, *, keeps_states: bool | None = None, **settings: object) -> Iterator[Served]:
     """Serve a repository on free ports until the block ends, then drain and stop; keeps_states as Backend takes it."""
-    values = {"repository": repository, "port": 0, "http_port": 0, "drain_s": 0.1, **settings}
+    values = {"repository": repository, **FREE, **settings}
     loaded = load_repository(load_settings(values), keeps_states=keeps_states)
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="server")

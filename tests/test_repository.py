@@ -18,7 +18,7 @@ def load(tmp_path):
     """Load the repository at tmp_path. Returns ([(name, version)], [(name, version, message)])."""
 
     def load(**settings):
-        loaded = load_repository(load_settings({"repository": tmp_path, **settings}))
+        loaded = load_repository(load_settings({"repository": tmp_path, "version_policy": "all", **settings}))
         served = [(lane.name, lane.version) for lane in loaded.lanes]
         return served, [(broken.name, broken.version, str(broken.error)) for broken in loaded.broken]
 
@@ -39,7 +39,7 @@ def test_versions_are_loaded_in_the_order_of_name_and_number(load, tmp_path):
 def test_a_lane_serves_its_own_file(tmp_path):
     for version in (1, 2):
         build(seed=version).save(tmp_path, "m", version)
-    lanes = load_repository(load_settings({"repository": tmp_path})).lanes
+    lanes = load_repository(load_settings({"repository": tmp_path, "version_policy": "all"})).lanes
     x = np.ones((1, 1, 3), np.float32)
     states = [np.zeros((1, 1, 8), np.float32)] * 2
     first, second = (lane.backend.run({"x": x}, np.array([1], np.int32), states)[0][0] for lane in lanes)

@@ -67,7 +67,7 @@ class Fleet:
             return False
 
     def page(self) -> Page:
-        return _page(self.get("/metrics"))
+        return page_of(self.get("/metrics"))
 
     def page_of(self, index: int) -> Page:
         """The metrics of one worker."""
@@ -77,7 +77,7 @@ class Fleet:
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
-        return _page(text)
+        return page_of(text)
 
     def per_worker(self, name: str, model: str = "lstm") -> list[float]:
         """A metric of a model, of each of two workers."""
@@ -100,7 +100,7 @@ class Fleet:
         raise AssertionError(f"no connection came to worker {index}")
 
 
-def _page(text: str) -> Page:
+def page_of(text: str) -> Page:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)

@@ -124,7 +124,7 @@ class AsyncStream:
 
     @property
     def drain_s(self) -> float | None:
-        """Time that was left when the server said that it is about to stop, or None."""
+        """Time that was left when the server said that it, or this version, ends; infinity for no limit, or None."""
         return self._machine.drain_s
 
     # ---- steps ------------------------------------------------------------------------------------------------------

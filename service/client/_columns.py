@@ -19,7 +19,7 @@ import numpy.typing as npt
 from service.client import _codec
 from service.client._answers import read_columns
 from service.client._status import close_reason, from_status, step_error
-from service.client._terms import SequenceTerms, duration, once_tensors, session_open, stream_open
+from service.client._terms import SequenceTerms, drain_s_of, duration, once_tensors, session_open, stream_open
 from service.client.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -82,7 +82,7 @@ class Events:
     errors: tuple[StepRejected | SessionFailed, ...] = ()
     """Steps that were not applied."""
     drain_s: float | None = None
-    """The server is about to stop: time left."""
+    """What is open can be finished, and nothing more opened here: time left, or infinity."""
     _sections: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def output(self, entry: int, name: str | None = None) -> Array:
@@ -258,7 +258,7 @@ class GatewayMachine:
             return None
         none = np.zeros(0, dtype=np.int64)
         if kind == "drain":
-            return Events(none, none, none, {}, drain_s=response.drain.grace.ToMilliseconds() / 1000)
+            return Events(none, none, none, {}, drain_s=drain_s_of(response.drain))
         answer = response.answer
         columns = read_columns(self.info, answer)
         handles, positions, lengths = (

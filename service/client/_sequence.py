@@ -23,7 +23,7 @@ from service.client import _codec
 from service.client._answers import read_entries
 from service.client._ledger import Ledger, Outputs, Send, Span
 from service.client._status import close_reason, from_status, is_connection_loss, step_error
-from service.client._terms import SequenceTerms, duration
+from service.client._terms import SequenceTerms, drain_s_of, duration
 from service.client.errors import (
     FailedPrecondition,
     ProtocolError,
@@ -75,7 +75,7 @@ class SequenceMachine:
         self.is_resumed = False
         """Whether the session was live before this stream opened it."""
         self.drain_s: float | None = None
-        """Time left before the server stops, once it has said that it will."""
+        """Time left once the server has said that it ends what is open; infinity where it sets none."""
         self.ledger = Ledger()
         self._was_open = False
         self._is_leaving = False
@@ -169,7 +169,7 @@ class SequenceMachine:
     def open_requests(self) -> list[pb.StreamPredictRequest]:
         """Begin on a new connection: the first, or the next after one was lost."""
         self.state = State.CONNECTING
-        return self.terms.open_requests(self.info, resume=self._was_open)
+        return self.terms.open_requests(self.info, resume_version=self.version if self._was_open else 0)
 
     def begin(self, num_steps: int = 0) -> Send:
         """Begin a send of so many steps, 0 if that is not known; `add` its parts.
@@ -272,7 +272,7 @@ class SequenceMachine:
             self.max_inflight_steps = opened.max_inflight_steps or self.max_inflight_steps
             return self._begin(opened.sessions[0]) if opened.sessions else []
         if kind == "drain":
-            self.drain_s = response.drain.grace.ToMilliseconds() / 1000
+            self.drain_s = drain_s_of(response.drain)
             return []
         answer = response.answer
         requests = self._begin(answer.opened[0]) if answer.opened else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,9 +62,10 @@ class SequenceTerms:
         """Whether the session can be taken up by another connection."""
         return bool(self.session_id) and self.linger_s > 0
 
-    def open_requests(self, info: ModelInfo, *, resume: bool) -> list[pb.StreamPredictRequest]:
-        """Open a stream and its session; with `resume`, none but the session that was live before."""
-        opening = stream_open(info, self.version, self.outputs, self.emit, self.step_mode)
+    def open_requests(self, info: ModelInfo, *, resume_version: int = 0) -> list[pb.StreamPredictRequest]:
+        """Open a stream and its session; with a version, none but the session that was live on it before."""
+        resume = resume_version > 0
+        opening = stream_open(info, resume_version or self.version, self.outputs, self.emit, self.step_mode)
         session = session_open(
             session_id=self.session_id,
             linger_s=self.linger_s,
@@ -125,6 +127,11 @@ def once_tensors(info: ModelInfo, rows: Sequence[Mapping[str, npt.ArrayLike]]) -
                 raise InvalidArgument(f"{name}: expected shape {list(spec.row_shape)}, got {list(value.shape)}")
         packed.append(_codec.tensor(name, np.stack(each), "per_sequence"))
     return packed
+
+
+def drain_s_of(drain: pb.StreamDrain) -> float:
+    """Read how much time is left; infinity where none is set."""
+    return drain.grace.ToMilliseconds() / 1000 if drain.HasField("grace") else math.inf
 
 
 def duration(seconds: float) -> Duration:

@@ -6,6 +6,7 @@ protobuf's own; a reader can't tell the difference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,6 +115,14 @@ class AnswerWriter:
                 groups[-1].append(piece)
                 size += answer_size(piece)
         return groups
+
+
+def drain_message(grace_s: float) -> bytes:
+    """Write that what a stream has open will end, after so long if that is finite."""
+    drain = pb.StreamDrain()
+    if math.isfinite(grace_s):
+        drain.grace.FromNanoseconds(int(grace_s * 1e9))
+    return pb.StreamPredictResponse(drain=drain).SerializeToString()
 
 
 def write_prediction(header: pb.PredictResponse, outputs: Sequence[tuple[pb.Tensor, Array]]) -> bytes:

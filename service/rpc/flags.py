@@ -23,6 +23,8 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
             name,
             metavar="VALUE",
             default=None,
+            multiple=isinstance(field.json_schema_extra, dict) and "repeats" in field.json_schema_extra,
+            callback=lambda _, __, value: " ".join(value) or None if isinstance(value, tuple) else value,
             help=f"{field.description}{default}  [env: {PREFIX}{name.upper()}]",
             shell_complete=_completion(name, field.annotation),
         )(command)

@@ -70,7 +70,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
     # ---- as catalog.Streams -----------------------------------------------------------------------------------------
 
     def announce_unload(self, lane: Lane, grace_s: float) -> None:
-        """Tell the streams of a version that it will be gone."""
+        """Tell the streams of a version that it will be gone, after so long if that is finite."""
         for stream, call in self._calls.items():
             if call.lane is lane:
                 stream.announce_drain(grace_s)
@@ -97,7 +97,8 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         """Describe one model version."""
-        return pb.GetModelResponse(model=model_message(self._engine.lane(request.model, request.version)))
+        lane = self._engine.lane(request.model, request.version, or_retired=True)
+        return pb.GetModelResponse(model=model_message(lane))
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> bytes:
         """Run whole sequences. Returns a serialised PredictResponse."""
@@ -175,8 +176,9 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         if first.WhichOneof("message") != "open":
             raise InvalidInput("the first message of a stream must be `open`, naming the model", field="open")
         self._engine.check_open()
-        lane = self._engine.lane(first.open.model, first.open.version)
-        stream = await self._open(self.plan(lane), first.open)
+        lane = self._lane_of(first.open)
+        with self._engine.holding(lane):
+            stream = await self._open(self.plan(lane), first.open)
         call = self._calls[stream] = _Call(lane, cast("asyncio.Task[None]", asyncio.current_task()))
         writer = asyncio.create_task(stream.write_to(context))
         telling = None
@@ -202,6 +204,18 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             writer.cancel()
             if telling is not None:
                 telling.cancel()
+
+    def _lane_of(self, request: pb.StreamOpen) -> Lane:
+        """Find the version of a stream: a retired one, where a session that it opens by name lives only there.
+
+        Raises ModelNotFound.
+        """
+        names = [session.session_id for session in request.sessions if session.session_id]
+        if names and self._engine.retired:
+            for lane in (*self._engine.lanes, *self._engine.retired):
+                if lane.name == request.model and request.version in (0, lane.version) and lane.has_any(names):
+                    return lane
+        return self._engine.lane(request.model, request.version)
 
     async def _open(self, plan: LanePlan, request: pb.StreamOpen) -> Stream:
         opening = read_open(plan, request)

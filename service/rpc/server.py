@@ -48,6 +48,7 @@ class Server:
         self.settings = settings
         self.broken: Sequence[Broken] = loaded.broken
         self._store = loaded.store
+        self._storage = loaded.storage
         self.engine = Engine(settings)
         for lane in loaded.lanes:
             self.engine.add(lane)
@@ -63,10 +64,10 @@ class Server:
         self._ages = ConnectionAges.of(settings)
         self._native = SequenceServicer(self.engine, loaded.broken, self._handoff, self._ages)
         # A call to load or unload reaches one of several workers alone.
-        self._catalog = Catalog(self.engine, loaded, self._health, can_change=place is None)
-        self._inference = InferenceServicer(self.engine, self._catalog, self._handoff)
-        self._catalog.streams = (self._native,)
-        self._catalog.keepers = (self._native.forget, self._inference.desk.forget)
+        self.catalog = Catalog(self.engine, loaded, self._health, can_change=place is None)
+        self._inference = InferenceServicer(self.engine, self.catalog, self._handoff)
+        self.catalog.retirer.streams = (self._native,)
+        self.catalog.retirer.keepers = (self._native.forget, self._inference.desk.forget)
         self._calls = CallTally()
         self._grpc: grpc.aio.Server | None = None
         self._http: web.AppRunner | None = None
@@ -98,14 +99,15 @@ class Server:
         for name in ("", SERVICE_NAME, INFERENCE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         for lane in self.engine.lanes:
-            await self._catalog.announce(lane)
+            await self.catalog.announce(lane)
+        self.catalog.watch()
 
     async def stop(self) -> None:
         """Drain: refuse what is new, tell the streams, let them end within the time that is set, then stop."""
         if self._grpc is None:
             return
         self.engine.is_draining = True
-        self._catalog.close()
+        self.catalog.close()
         await self._health.enter_graceful_shutdown()
         streams = self._native.streams
         if streams:
@@ -120,6 +122,7 @@ class Server:
         self.engine.stop()
         if self._store is not None:
             self._store.close()
+        self._storage.close()
 
     def _bind(self, server: grpc.aio.Server) -> int:
         settings = self.settings

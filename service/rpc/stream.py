@@ -15,13 +15,12 @@ from typing import Any
 
 import grpc.aio
 import numpy.typing as npt
-from google.protobuf.duration_pb2 import Duration
 
 from service.engine import Engine
 from service.errors import Exhausted, InvalidInput, ServiceError, SessionNotFound, ShapeMismatch
 from service.events import Answer, Event, Link, Steps, StepsFailed
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
-from service.rpc.answers import EVENT_BYTES, AnswerWriter
+from service.rpc.answers import EVENT_BYTES, AnswerWriter, drain_message
 from service.rpc.codec import STEP_MODES, LanePlan
 from service.rpc.handoff import Mover
 from service.rpc.repeat import Repeat, learn
@@ -89,7 +88,7 @@ class Stream:
             max_inflight_steps=lane.settings.max_inflight_steps,
         )
         for number, each in enumerate(terms, 1):
-            opened.sessions.append(self._open(each))
+            opened.sessions.append(self._open(each, is_first=True))
             if number % SLICE == 0:
                 await asyncio.sleep(0)
         self._waiting.append(pb.StreamPredictResponse(opened=opened).SerializeToString())
@@ -127,9 +126,10 @@ class Stream:
     def _apply(self, frame: pb.StreamFrame, raw: bytes) -> Iterator[None]:
         """Apply a frame; where it opens or closes many sessions, others may have their turn at each yield."""
         lane, link = self._lane, self._link
-        if not self._has_frames:
-            self._has_frames = True
-            if not link.num_opened and not frame.opens and (opened := self._open(Terms())).HasField("status"):
+        is_first, self._has_frames = not self._has_frames, True
+        if is_first and not link.num_opened and not frame.opens:
+            opened = self._open(Terms(), is_first=True)
+            if opened.HasField("status"):
                 self._tell_opened(opened)
         handles = list(frame.handles) or ([0] if frame.tensors else [])
         try:
@@ -140,7 +140,7 @@ class Stream:
         for index, session in enumerate(terms):
             if index and index % SLICE == 0:
                 yield
-            opened = self._open(session, self._plan.given(once, index))
+            opened = self._open(session, self._plan.given(once, index), is_first=is_first)
             if not opened.HasField("status") and not opened.resumed:
                 for state, name in enumerate(self._plan.states):
                     if name in once:
@@ -178,10 +178,8 @@ class Stream:
         self._engine.drop(self._lane, self._link)
 
     def announce_drain(self, grace_s: float) -> None:
-        """Tell the client that the server is about to stop."""
-        grace = Duration()
-        grace.FromNanoseconds(int(grace_s * 1e9))
-        self._waiting.append(pb.StreamPredictResponse(drain=pb.StreamDrain(grace=grace)).SerializeToString())
+        """Tell the client that what it has open will end, after so long if that is finite."""
+        self._waiting.append(drain_message(grace_s))
         self._wake()
 
     def _check(self, frame: pb.StreamFrame, handles: list[int]) -> tuple[Steps | None, dict[str, Array], list[Terms]]:
@@ -221,11 +219,13 @@ class Stream:
         except ServiceError:
             return []
 
-    def _open(self, terms: Terms, given: list[Array] | None = None) -> pb.SessionOpened:
+    def _open(self, terms: Terms, given: list[Array] | None = None, *, is_first: bool = False) -> pb.SessionOpened:
         link, now = self._link, self._engine.clock()
         handle = link.num_opened
         try:
-            self._engine.check_open(self._lane)
+            # What a stream begins with goes on even where its version was retired a moment ago, as what is live does.
+            is_live = is_first or (terms.session_id and self._lane.has_any([terms.session_id]))
+            self._engine.check_open(None if is_live else self._lane)
             handle, position, was_live = self._open_session(link, terms, now, given)
         except ServiceError as error:
             link.num_opened = handle + 1

@@ -317,11 +317,11 @@ def test_terms_that_cannot_be(terms, message):
 
 def test_a_stream_with_initial_states_opens_its_session_by_a_frame():
     terms = SequenceTerms(states={"state.0.h": [[2.0]]}, session_id="s")
-    opening, frame = terms.open_requests(SUM, resume=False)
+    opening, frame = terms.open_requests(SUM)
     assert not opening.open.sessions
     assert [session.session_id for session in frame.frame.opens] == ["s"]
     assert np.frombuffer(frame.frame.tensors[0].data, "<f4").tolist() == [2.0]
-    [again] = terms.open_requests(SUM, resume=True)
+    [again] = terms.open_requests(SUM, resume_version=3)
     assert again.open.sessions[0].resume_only
     with pytest.raises(InvalidArgument, match=r"expected shape \[1, 1\], got \[1\]"):
-        SequenceTerms(states={"state.0.h": [2.0]}).open_requests(SUM, resume=False)
+        SequenceTerms(states={"state.0.h": [2.0]}).open_requests(SUM)

@@ -153,7 +153,7 @@ def test_unloaded_model_can_be_loaded_again(root: Path) -> None:
         equal(old, run_alone(root, "m", x, version=2)[2:])
         new = stub.ModelInfer(step("m", 1, x, sequence_start=True, sequence_end=True))
         equal(array(new)[0], run_alone(root, "m", x, version=2))
-        served.wait_until(lambda: not served.server.engine.is_retiring)
+        served.wait_until(lambda: not served.server.engine.retired)
         assert stub.ModelReady(pb.ModelReadyRequest(name="m")).ready
 
 
@@ -166,7 +166,7 @@ def test_spilled_states_are_given_back(root: Path, tmp_path: Path) -> None:
         lane = served.lane("m")
         assert lane.residence.num_spilled == 6
         unload(stub)
-        served.wait_until(lambda: not served.server.engine.is_retiring)
+        served.wait_until(lambda: not served.server.engine.retired)
         assert not lane.residence.num_stale
         assert served.server._store._db.execute("SELECT count(*) FROM state").fetchone() == (0,)
 

@@ -145,7 +145,7 @@ class Desk:
                     sequence = await movers.bring(self._sequences, key, plan, options)
                 self._hand_in(sequence, given, options, inference)
 
-        self._do(inference, act()).add_done_callback(lambda _: movers.release(key))
+        self._do(plan.lane, inference, act()).add_done_callback(lambda _: movers.release(key))
 
     # ---- whole sequences --------------------------------------------------------------------------------------------
 
@@ -167,14 +167,14 @@ class Desk:
             constants=[given.contexts[name] for name in plan.contexts],
         )
         inference.num_bytes += plan.step_bytes * given.form.num_rows
-        self._do(inference, self._run(plan.lane, sequences, given, options, inference))
+        self._do(lane, inference, self._run(lane, sequences, given, options, inference))
 
     def _generate(self, request: pb.ModelInferRequest, options: Options, inference: Inference, lane: Lane) -> None:
         plan, counts = self.plan(lane)
         making = MakePlan(lane)
         asked, wanted = making.read(request, options)
         inference.begin(plan, counts, [], wants_final=options.wants_final)
-        self._do(inference, self._make(making, asked, wanted, options, inference))
+        self._do(lane, inference, self._make(making, asked, wanted, options, inference))
 
     async def _make(
         self, making: MakePlan, asked: Request, wanted: list[str], options: Options, inference: Inference
@@ -205,11 +205,13 @@ class Desk:
             prediction = await self._engine.predict(lane, sequences)
         inference.answer(given, prediction)
 
-    def _do(self, inference: Inference, act: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """Do something that takes a while for a request, which fails where that does."""
+    def _do(self, lane: Lane, inference: Inference, act: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Do something on a model version that takes a while for a request, which fails where that does."""
         inference.task = task = asyncio.create_task(_guarded(inference, act))
         self._tasks.add(task)
+        self._engine.hold(lane)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._engine.release(lane))
         return task
 
 

@@ -56,7 +56,7 @@ class Movers:
             for error in refused.values():
                 raise error
             if options.is_start:
-                self._engine.check_open(lane)
+                self._engine.check_open()
                 await self._end(table, key, plan, mover, terms)
             elif lane.find(Terms(session_id=terms.session_id), self._engine.clock()) is None:
                 raise table.missing(key)

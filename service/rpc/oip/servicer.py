@@ -91,7 +91,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         """List the repository."""
         _check_repository(request.repository_name)
-        return index_of(self._catalog.entries(is_ready=request.ready))
+        return index_of(await self._catalog.entries(is_ready=request.ready))
 
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
