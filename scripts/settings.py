@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from annotated_types import Ge, Gt, Le
 
 from service.config import Settings
+from service.versions import VersionPolicies
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 MARKS = re.compile(r"(<!-- settings -->\n).*?(<!-- end of settings -->)", re.DOTALL)
@@ -41,7 +42,14 @@ def _values(annotation: Any, limits: list[Any]) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{word}`" for word in get_args(annotation))
     kinds = [each for each in get_args(annotation) or (annotation,) if each is not type(None)]
-    kind = {bool: "`true`, `false`", int: "integer", float: "number", Path: "path", str: "text"}.get(kinds[0])
+    kind = {
+        bool: "`true`, `false`",
+        int: "integer",
+        float: "number",
+        Path: "path",
+        str: "text",
+        VersionPolicies: "policies",
+    }.get(kinds[0])
     bounds = []
     for limit in limits:
         if isinstance(limit, Ge):

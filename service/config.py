@@ -37,7 +37,7 @@ Policies = Annotated[
     VersionPolicies,
     NoDecode,  # the environment holds the text of a flag, not JSON
     BeforeValidator(VersionPolicies.parse),
-    PlainSerializer(VersionPolicies.dump),
+    PlainSerializer(str),
     Field(json_schema_extra={"repeats": True}),
 ]
 """On the command line it may be given in parts."""
@@ -161,7 +161,7 @@ class Settings(BaseSettings):
     """Offer grpc.channelz, which tells whoever asks of every connection and its counts: for trusted networks."""
 
     drain_s: Seconds = 30.0
-    """Time that streams get to finish after SIGTERM."""
+    """Time that streams get to finish after SIGTERM, or once their model was unloaded by a call."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
 

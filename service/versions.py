@@ -73,6 +73,8 @@ class VersionPolicies:
             given = _table(given)
         if not isinstance(given, Mapping):
             raise ValueError(f"expected a text such as 'latest:2 vowels=1,3', or a table; got {given!r}")
+        if strange := [model for model in given if str(model).split() != [str(model)]]:
+            raise ValueError(f"a model whose name has blanks can't have a policy of its own: {strange[0]!r}")
         policies = {str(model): VersionPolicy.parse(_text(policy)) for model, policy in given.items()}
         default = policies.pop("*", LATEST)
         return cls(default, policies)
@@ -81,11 +83,8 @@ class VersionPolicies:
         """Find a model's policy."""
         return self.by_model.get(model, self.default)
 
-    def dump(self) -> dict[str, str]:
-        """Write the table that `parse` reads."""
-        return {"*": str(self.default), **{model: str(policy) for model, policy in self.by_model.items()}}
-
     def __str__(self) -> str:
+        """Write the text that `parse` reads."""
         return " ".join([str(self.default), *(f"{model}={policy}" for model, policy in self.by_model.items())])
 
 
