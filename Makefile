@@ -30,7 +30,7 @@ test: .venv/.installed ## run the tests, of large grids a sample
 test-full: .venv/.installed ## run the tests, every case of the grids too
 	@$(BIN)/python -m pytest -m "not compat"
 
-test-compat: .venv/.installed .venv-compat/.installed ## run clients that others wrote: tritonclient, perf_analyzer, reflection
+test-compat: .venv/.installed .venv-compat/.installed ## run clients that others wrote: tritonclient, perf_analyzer, reflection, a browser
 	@$(BIN)/python -m pytest -m compat
 
 check: .venv/.installed .venv-protoc/.installed ## lint, types, import rules, protos, generated code, compose file
@@ -91,10 +91,11 @@ $(RUN)/metrics.json: | .venv/.installed
 	@.venv-protoc/bin/python $(PIP) --requirement scripts/protos.txt
 	@touch $@
 
-.venv-compat/.installed: scripts/compat.txt scripts/compat.py
+.venv-compat/.installed: scripts/compat.txt scripts/compat.py scripts/compat_browser.py
 	$(call environment,.venv-compat)
 	@.venv-compat/bin/python $(PIP) --requirement scripts/compat.txt
 	@.venv-compat/bin/python scripts/compat.py
+	@.venv-compat/bin/python scripts/compat_browser.py
 	@touch $@
 
 # $(call environment,FOLDER): an empty environment, unless there is one.

@@ -2,9 +2,11 @@
 
 import { decode } from "./codec.js";
 
+const PATIENCE_MS = 10000;
+
 /** GET a path as JSON; throws an Error with what the server says. */
 export async function get(path) {
-  const response = await fetch(path, { headers: { Accept: "application/json" } });
+  const response = await fetch(path, { signal: AbortSignal.timeout(PATIENCE_MS) });
   const content = await response.json().catch(() => ({}));
   if (!response.ok) throw new Error(content.error?.message || `${path}: ${response.status} ${response.statusText}`);
   return content;
@@ -57,4 +59,10 @@ const DTYPES = {
 export function tensor(message) {
   const shape = (message.shape || []).map(Number);
   return { name: message.name, shape, values: decode(DTYPES[message.dtype], message.data) };
+}
+
+/** A tensor cut along its first axis: {name, rows}. */
+export function rowsOf({ name, shape, values }) {
+  const width = values.length / shape[0];
+  return { name, rows: Array.from({ length: shape[0] }, (_, row) => values.slice(row * width, (row + 1) * width)) };
 }

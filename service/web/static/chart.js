@@ -98,6 +98,7 @@ export class LineChart {
   /** Begin anew: series [{name, color}], range {low, high} or none, steps expected, unit. */
   reset(series, { range = null, steps = 0, unit = "" } = {}) {
     this.series = series.map((each) => ({ ...each, values: [] }));
+    this.at = [];
     this.range = range;
     this.steps = steps;
     this.unit = unit;
@@ -106,9 +107,16 @@ export class LineChart {
     this.redraw();
   }
 
-  /** Put a row behind: a value for each series. */
-  push(row) {
+  /** Put a row behind: a value for each series, at a step. */
+  push(row, step) {
+    this.at.push(step);
     this.series.forEach((each, index) => each.values.push(row[index]));
+    this.redraw();
+  }
+
+  /** Show or hide a line. */
+  toggle(index) {
+    this.series[index].isHidden = !this.series[index].isHidden;
     this.redraw();
   }
 
@@ -120,7 +128,7 @@ export class LineChart {
   }
 
   get count() {
-    return this.series.length ? this.series[0].values.length : 0;
+    return this.at.length;
   }
 
   redraw() {
@@ -136,7 +144,8 @@ export class LineChart {
     if (this.range) return [this.range.low, this.range.high];
     let low = Infinity;
     let high = -Infinity;
-    for (const { values } of this.series) {
+    for (const { values, isHidden } of this.series) {
+      if (isHidden) continue;
       for (const value of values) {
         if (value < low && value > -Infinity) low = value;
         if (value > high && value < Infinity) high = value;
@@ -152,7 +161,7 @@ export class LineChart {
     const height = this.host.clientHeight;
     if (!width || !height) return;
     const [low, high] = this.bounds();
-    const last = Math.max(this.steps, this.count, 2) - 1;
+    const last = Math.max(this.steps - 1, this.at.at(-1) ?? 0, 1);
     const inner = width - MARGIN.left - MARGIN.right;
     const x = (index) => MARGIN.left + (index / last) * inner;
     const y = (value) => height - MARGIN.bottom - ((value - low) / (high - low)) * (height - MARGIN.top - MARGIN.bottom);
@@ -168,21 +177,22 @@ export class LineChart {
     for (const step of ticks(0, last, Math.max(2, Math.floor(inner / 80))).filter(Number.isInteger)) {
       grid.append(svg("text", { x: x(step), y: height - 6, "text-anchor": "middle" }, String(step)));
     }
-    const order = this.series.map((_, index) => index);
-    if (this.leader >= 0) order.push(...order.splice(this.leader, 1));
+    const order = this.series.map((_, index) => index).filter((index) => !this.series[index].isHidden);
+    order.sort((one, other) => (one === this.leader) - (other === this.leader));
+    const across = (index) => x(this.at[index]);
     const lines = order.map((index) => {
       const { name, color, values } = this.series[index];
       const role = this.leader < 0 ? "" : index === this.leader ? " leads" : " follows";
-      const d = path(values, x, y, inner);
+      const d = path(values, across, y, inner);
       return svg("path", { class: `line c${color}${role}`, d, "data-name": name });
     });
     const dots = order
       .filter((index) => this.series[index].values.length)
-      .filter((index) => this.leader < 0 || index === this.leader)
+      .filter((index) => (this.leader < 0 ? order.length <= 3 : index === this.leader))
       .map((index) => {
         const { color, values } = this.series[index];
         const at = values.length - 1;
-        return svg("circle", { class: `dot c${color}`, cx: x(at), cy: y(values[at]) || 0, r: 3.5 });
+        return svg("circle", { class: `dot c${color}`, cx: across(at), cy: y(values[at]) || 0, r: 3.5 });
       });
     this.cursor = svg("line", { class: "cursor", y1: MARGIN.top, y2: height - MARGIN.bottom, x1: -9, x2: -9 });
     this.root.replaceChildren(grid, this.cursor, ...lines, ...dots);
@@ -194,14 +204,16 @@ export class LineChart {
     const { x, last, inner } = this.scale;
     const left = event.clientX - this.host.getBoundingClientRect().left;
     const step = Math.round(((left - MARGIN.left) / inner) * last);
-    if (step < 0 || step >= this.count) {
+    const index = this.at.indexOf(step);
+    if (index < 0) {
       this.unpoint();
       return;
     }
     this.cursor.setAttribute("x1", x(step));
     this.cursor.setAttribute("x2", x(step));
     const best = this.series
-      .map((each) => ({ ...each, value: each.values[step] }))
+      .filter((each) => !each.isHidden)
+      .map((each) => ({ ...each, value: each.values[index] }))
       .sort((one, other) => other.value - one.value)
       .slice(0, 5);
     const title = document.createElement("b");

@@ -8,11 +8,12 @@ export class InputError extends Error {}
 export function columnsOf(inputs) {
   return inputs.flatMap((input) => {
     const width = sizeOf(input.row_shape);
+    const units = input.unit.split(", "); // one for all, or one each
     return Array.from({ length: width }, (_, index) => ({
       input: input.name,
       dtype: input.dtype,
       name: input.element_names[index] || (width === 1 ? input.name : `${input.name}[${index}]`),
-      unit: input.unit,
+      unit: units.length === width ? units[index] : input.unit,
       categories: input.categories,
       numIds: input.num_ids,
     }));

@@ -1,7 +1,7 @@
 // The form of a model that makes its outputs by itself, and what it makes, as it is made.
 
-import { call, tensor } from "./api.js";
-import { decode, encode, format, sizeOf } from "./codec.js";
+import { call, rowsOf, tensor } from "./api.js";
+import { decode, encode, exact, format, sizeOf } from "./codec.js";
 import { InputError } from "./columns.js";
 import { $, fill, h, say } from "./dom.js";
 
@@ -175,12 +175,18 @@ export class GenerateForm {
     this.results.clear();
     this.made = new Map();
     this.numMade = 0;
+    this.firstMs = null;
     const isText = Boolean(this.token);
     $("made").hidden = !isText;
     $("output-figure").hidden = isText;
     $("made").replaceChildren();
-    if (isText) return;
-    this.results.begin(this.whole, request.max_steps);
+    if (!isText) {
+      this.results.begin(this.whole, request.max_steps);
+      return;
+    }
+    say($("latency-name"), "First output");
+    this.results.whole = this.whole;
+    this.results.table = () => ({ head: ["sequence", "hypothesis", "step", "id", "token", "log_probability"], rows: this.rows() });
   }
 
   show(output, beganAt) {
@@ -196,23 +202,24 @@ export class GenerateForm {
     });
     this.numMade += at;
     if (!this.token) {
-      const named = Object.fromEntries((output.tensors || []).map((each) => {
-        const { name, shape, values } = tensor(each);
-        const width = values.length / shape[0];
-        return [name, Array.from({ length: shape[0] }, (_, row) => values.slice(row * width, (row + 1) * width))];
-      }));
+      const parts = (output.tensors || []).map((each) => rowsOf(tensor(each)));
+      const named = Object.fromEntries(parts.map(({ name, rows }) => [name, rows]));
       const latency = (performance.now() - beganAt) / Math.max(1, this.numMade);
       if (at) this.results.take(this.numMade - at, named, Array(at).fill(latency));
     } else {
       const seconds = (performance.now() - beganAt) / 1000;
       say($("fact-steps"), String(this.numMade));
       say($("fact-rate"), format(Math.round(this.numMade / seconds)));
+      this.firstMs ??= seconds * 1000;
+      say($("fact-latency"), `${format(Number(this.firstMs.toPrecision(3)))} ms`);
+      $("download").disabled = false;
     }
     const ends = output.ends;
     (ends?.sequences || []).forEach((sequence, entry) => {
       if (!this.token) return;
       const item = this.item(sequence, ends.hypotheses?.[entry] || 0);
       const logProb = Number(ends.log_probs?.[entry] ?? 0);
+      if (!item.ids.length) item.text.replaceChildren(h("em", {}, "nothing"));
       say(item.meta, `${REASONS[ends.reasons[entry]] || "ended"} after ${item.ids.length}, log-probability ${format(logProb)}`);
     });
   }
@@ -221,9 +228,9 @@ export class GenerateForm {
     const key = `${sequence}.${hypothesis}`;
     if (!this.made.has(key)) {
       const text = h("p", { class: "text" });
-      const meta = h("p", { class: "meta" }, "…");
+      const meta = h("p", { class: "meta" }, "\u2026");
       $("made").append(h("div", { class: "made-item" }, text, meta));
-      this.made.set(key, { text, meta, ids: [] });
+      this.made.set(key, { sequence, hypothesis, text, meta, ids: [], logProbs: [] });
     }
     return this.made.get(key);
   }
@@ -236,6 +243,14 @@ export class GenerateForm {
     if (item.ids.length && this.generation.separator) item.text.append(this.generation.separator);
     item.text.append(span);
     item.ids.push(id);
+    item.logProbs.push(logProb);
+  }
+
+  /** What was made as rows. */
+  rows() {
+    return [...this.made.values()].flatMap(({ sequence, hypothesis, ids, logProbs }) =>
+      ids.map((id, step) => [sequence, hypothesis, step, id, this.whole.spec.vocabulary[id] ?? "", exact(logProbs[step])]),
+    );
   }
 
   tellAll() {

@@ -56,11 +56,12 @@ class Page {
       this.models.take(stats, this.overview.rates);
       const workers = stats.workers > 1 ? `, ${stats.workers} workers` : "";
       this.tell(stats.is_draining ? "warn" : "good", stats.is_draining ? "Draining" : `Serving${workers}`);
-    } catch (error) {
+    } catch {
       this.overview.forget();
       this.tell("bad", "Not reachable");
     } finally {
       this.isAsking = false;
+      document.body.classList.remove("loading");
     }
   }
 
@@ -68,7 +69,7 @@ class Page {
     const content = await get("api/models");
     say($("server-version"), content.server.version);
     this.models.show(content.models, content.broken);
-    this.tryIt.show(content.models);
+    await this.tryIt.show(content.models);
   }
 
   tell(state, text) {

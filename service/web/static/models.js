@@ -37,7 +37,7 @@ export class ModelList {
   item(model, models, isOpen) {
     const key = `${model.name}/${model.version}`;
     const newest = Math.max(...models.filter(({ name }) => name === model.name).map(({ version }) => version));
-    const live = h("p", { class: "live" });
+    const live = h("span", { class: "live" });
     this.live.set(key, live);
     const body = h("div", { class: "body" }, h("p", { class: "note" }, "Loading"));
     const mark = models.filter(({ name }) => name === model.name).length > 1 && model.version === newest ? ", newest" : "";
@@ -47,9 +47,9 @@ export class ModelList {
       h(
         "summary",
         {},
-        h("p", { class: "title" }, model.name, h("small", {}, ` version ${model.version}${mark}`)),
+        h("h3", { class: "title" }, model.name, h("small", {}, ` version ${model.version}${mark}`)),
         h(
-          "p",
+          "span",
           { class: "chips" },
           h("span", { class: "chip" }, layersOf(model)),
           h("span", { class: "chip" }, model.topology),

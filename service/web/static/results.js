@@ -4,16 +4,17 @@ import { LineChart } from "./chart.js";
 import { exact, format, sizeOf } from "./codec.js";
 import { writeCsv } from "./columns.js";
 import { $, h, say } from "./dom.js";
+import { Legend } from "./legend.js";
 
-const LINES = 12;
-/** Most lines of a chart that have no labels, and most names of a legend. */
+const LINES = 12; // of a chart that has no labels, and names of a legend, at most
 const TABLE_ROWS = 500;
-const TELL_MS = 2500;
-/** Time between two sentences to a screen reader. */
+const TELL_MS = 2500; // between two sentences to a screen reader
+const RECENT = 200; // steps that the latency is the median of
 
 export class Results {
   constructor() {
     this.chart = new LineChart($("output-chart"), "Outputs over steps");
+    this.legend = new Legend($("output-legend"), this.chart);
     $("download").addEventListener("click", () => this.download());
     $("values").addEventListener("toggle", () => this.fillTable());
     this.clear();
@@ -23,10 +24,12 @@ export class Results {
     this.begin(null, 0);
   }
 
-  /** Begin a run of a model that is stepped, of so many steps. */
+  /** Begin a run of so many steps. */
   begin(whole, steps) {
     this.whole = whole;
+    this.steps = steps;
     this.rows = [];
+    this.num = 0;
     this.latencies = [];
     this.told = 0;
     this.beganAt = null;
@@ -38,39 +41,40 @@ export class Results {
     say($("fact-steps"), steps ? `0 of ${steps}` : "0");
     say($("fact-rate"), "–");
     say($("fact-latency"), "–");
-    this.steps = steps;
-    this.output = whole ? whole.spec.graphs[0].outputs[0] : null;
+    say($("latency-name"), "Latency");
+    const outputs = whole ? whole.spec.graphs[0].outputs : [];
+    this.output = outputs.find(({ layout }) => layout === "per_step") || outputs[0] || null;
     this.elements = this.output ? namesOf(this.output, whole.spec) : [];
-    this.isClasses = Boolean(whole && whole.spec.labels.length === this.elements.length && this.elements.length);
+    this.isClasses = this.elements.length > 0 && whole.spec.labels.length === this.elements.length;
     const shown = this.isClasses ? this.elements : this.elements.slice(0, LINES);
-    this.series = shown.map((name, index) => ({ name, color: index % 12 }));
-    this.chart.reset(this.series, {
-      steps,
-      range: this.isClasses ? { low: 0, high: 1 } : null,
-      unit: this.output?.unit || "",
-    });
-    this.values = this.series.slice(0, LINES).map(() => h("i", {}, ""));
-    const rest = this.elements.length - this.values.length;
-    $("output-legend").replaceChildren(
-      ...this.values.map((value, at) => h("li", { class: `key c${this.series[at].color}` }, h("span", {}, this.series[at].name, " "), value)),
-      ...(rest > 0 ? [h("li", {}, `and ${rest} more, which the CSV has`)] : []),
+    this.chart.reset(
+      shown.map((name, index) => ({ name, color: index % 12 })),
+      { steps, range: this.isClasses ? { low: 0, high: 1 } : null, unit: this.output?.unit || "" },
     );
+    const rest = this.elements.length - Math.min(shown.length, LINES);
+    this.legend.show(LINES, rest > 0 ? `and ${rest} more, which the CSV has` : "");
+    this.names = outputs.flatMap((output) => namesOf(output, whole.spec));
+    this.widths = outputs.map((output) => ({ name: output.name, width: sizeOf(output.row_shape) }));
+    this.table = () => ({
+      head: ["step", ...this.names, "latency_ms"],
+      rows: this.rows.map(({ step, all, latency }) => [step, ...all.map(exact), latency.toFixed(3)]),
+    });
     this.fillTable();
-    this.refresh();
+    $("download").disabled = true;
   }
 
-  /** Take the outputs of steps from a position on. */
+  /** Take the outputs of steps from a position on: rows by name, milliseconds of each step. */
   take(position, outputs, latencies) {
     const now = performance.now();
-    if (this.beganAt === null) this.beganAt = now - (latencies[0] || 0);
-    const rows = outputs[this.output.name];
-    rows.forEach((row, index) => {
-      const latency = latencies[index] ?? latencies.at(-1) ?? 0;
-      const step = rows.length === latencies.length ? position + index : position + latencies.length - 1;
-      const all = this.whole.spec.graphs[0].outputs.flatMap(({ name }) => outputs[name][index] ?? []);
+    if (this.beganAt === null) this.beganAt = now - latencies[0];
+    const isPerStep = this.output.layout === "per_step";
+    outputs[this.output.name].forEach((row, index) => {
+      const latency = isPerStep ? latencies[index] : latencies.at(-1);
+      const step = isPerStep ? position + index : position + latencies.length - 1;
+      const all = this.widths.flatMap(({ name, width }) => outputs[name][index] ?? Array(width).fill(NaN));
       this.rows.push({ step, row, all, latency });
       this.latencies.push(latency);
-      this.chart.push(row);
+      this.chart.push(row, step);
     });
     this.num = position + latencies.length;
     this.refresh();
@@ -87,17 +91,19 @@ export class Results {
   }
 
   show() {
-    $("download").disabled = !this.rows.length;
     if (!this.rows.length) return;
+    $("download").disabled = false;
     const { row } = this.rows.at(-1);
-    this.values.forEach((element, at) => say(element, format(Number(row[at].toPrecision(3)))));
+    this.legend.values.forEach((_, at) => this.legend.set(at, this.isClasses ? percent(row[at]) : format(row[at])));
     const text = this.sentence(row);
     $("leading").replaceChildren(text.main, h("small", {}, `  ${text.more}`));
     const seconds = (performance.now() - this.beganAt) / 1000;
     say($("fact-steps"), `${this.num} of ${this.steps}`);
     if (this.num > 1 && seconds > 0) say($("fact-rate"), format(Math.round(this.num / seconds)));
-    const recent = this.latencies.slice(-200).sort((one, other) => one - other);
-    say($("fact-latency"), `${format(Number(recent[recent.length >> 1].toPrecision(3)))} ms`);
+    const isWhole = this.whole.step_mode === "buffered"; // its first steps wait for the last
+    const recent = this.latencies.slice(-RECENT).sort((one, other) => one - other);
+    const latency = isWhole ? this.latencies.at(-1) : recent[recent.length >> 1];
+    say($("fact-latency"), `${format(Number(latency.toPrecision(3)))} ms`);
     if ($("values").open) this.fillTable();
     this.tell(`${text.main} ${text.more}, step ${this.num} of ${this.steps}`);
   }
@@ -105,13 +111,10 @@ export class Results {
   /** What a row says. */
   sentence(row) {
     if (this.isClasses) {
-      let best = 0;
-      row.forEach((each, at) => {
-        if (each > row[best]) best = at;
-      });
+      const best = row.indexOf(Math.max(...row));
       this.chart.lead(best);
-      [...$("output-legend").children].forEach((each, at) => each.classList.toggle("leads", at === best));
-      return { main: this.elements[best], more: `${(100 * row[best]).toFixed(1)}%` };
+      this.legend.lead(best);
+      return { main: this.elements[best] ?? "not a number", more: percent(row[best]) };
     }
     const unit = this.output.unit ? ` ${this.output.unit}` : "";
     if (this.elements.length === 1) return { main: `${format(row[0])}${unit}`, more: this.elements[0] };
@@ -125,12 +128,12 @@ export class Results {
     say($("live"), text);
   }
 
-  /** The run is over: text says why, where it was not the end. */
+  /** The run is over; text says why, where it was not the end. */
   finish(text) {
     this.show();
     this.fillTable();
     if (text) this.fail(text);
-    else if (this.rows.length) this.tell(`Done after ${this.num} steps: ${$("leading").textContent}`, true);
+    else if (this.num) this.tell(`Done after ${this.num} steps: ${$("leading").textContent}`, true);
   }
 
   fail(text) {
@@ -138,33 +141,30 @@ export class Results {
   }
 
   fillTable() {
-    const names = this.elements.slice(0, LINES);
-    const head = h("tr", {}, ...["Step", ...names, "Latency, ms"].map((each) => h("th", { scope: "col" }, each)));
     if (!$("values").open) {
       $("value-table").replaceChildren();
       return;
     }
-    const rows = this.rows
-      .slice(-TABLE_ROWS)
-      .map(({ step, row, latency }) =>
-        h("tr", {}, ...[step, ...row.slice(0, LINES).map(exact), latency.toFixed(2)].map((each) => h("td", {}, String(each)))),
-      );
-    $("value-table").replaceChildren(h("thead", {}, head), h("tbody", {}, ...rows));
+    const { head, rows } = this.table();
+    const pick = (row) => (row.length > LINES + 2 ? [...row.slice(0, LINES + 1), row.at(-1)] : row);
+    const cells = (tag, row, attributes = {}) => h("tr", {}, ...pick(row).map((each) => h(tag, attributes, String(each))));
+    $("value-table").replaceChildren(
+      h("thead", {}, cells("th", head, { scope: "col" })),
+      h("tbody", {}, ...rows.slice(-TABLE_ROWS).map((row) => cells("td", row))),
+    );
   }
 
-  /** Every output of every step as a file. */
+  /** Let the browser keep the table as a file, with every output of every step. */
   download() {
-    const names = this.whole.spec.graphs[0].outputs.flatMap((output) => namesOf(output, this.whole.spec));
-    const rows = this.rows.map(({ step, all, latency }) => [step, ...all.map(exact), latency.toFixed(3)]);
-    save(`${this.whole.name}-${this.whole.version}.csv`, writeCsv(["step", ...names, "latency_ms"], rows));
+    const { head, rows } = this.table();
+    const url = URL.createObjectURL(new Blob([writeCsv(head, rows)], { type: "text/csv" }));
+    h("a", { href: url, download: `${this.whole.name}-${this.whole.version}.csv` }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
   }
 }
 
-/** Let the browser keep a text as a file. */
-export function save(name, text) {
-  const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
-  h("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
+function percent(share) {
+  return `${(100 * share).toFixed(1)}%`;
 }
 
 function namesOf(output, spec) {

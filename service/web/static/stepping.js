@@ -1,13 +1,11 @@
 // One session: steps are sent at a pace, and every answer is handed on as it comes.
 
-import { call, tensor } from "./api.js";
+import { call, rowsOf, tensor } from "./api.js";
 import { tensorsOf } from "./columns.js";
 
 const TICK_MS = 16;
-const LARGEST = 64;
-/** Steps in one message, at most. */
-const WINDOW = 256;
-/** Steps that may be unanswered. */
+const LARGEST = 64; // steps in one message, at most
+const WINDOW = 256; // steps that may be unanswered
 
 export class Stepping {
   /**
@@ -70,7 +68,8 @@ export class Stepping {
     if (this.isPaused || this.isOver) return;
     const now = performance.now();
     const pace = this.pace();
-    this.credit = Math.min(this.credit + ((now - this.lastTick) / 1000) * pace, Number.isFinite(pace) ? Math.max(1, pace) : Infinity);
+    const earned = this.credit + ((now - this.lastTick) / 1000) * pace;
+    this.credit = Number.isFinite(pace) ? Math.min(earned, Math.max(1, pace)) : Infinity; // a second's worth, at most
     this.lastTick = now;
     for (;;) {
       const room = this.isWhole ? Infinity : WINDOW - (this.sent - this.answered);
@@ -79,7 +78,7 @@ export class Stepping {
       const rows = this.rows.slice(this.sent, this.sent + count);
       const frame = { handles: [0], lengths: [count], tensors: tensorsOf(rows, this.inputs) };
       this.sent += count;
-      this.credit -= count;
+      if (Number.isFinite(this.credit)) this.credit -= count;
       if (this.sent === this.rows.length) {
         frame.closes = [0];
         clearInterval(this.timer);
@@ -89,22 +88,23 @@ export class Stepping {
     }
   }
 
+  /** Take what was ready together: one or more stretches of steps, their rows end to end. */
   answer(answer) {
     const now = performance.now();
-    if (answer.handles?.length) {
-      const length = answer.lengths?.[0] ?? 1;
-      const position = Number(answer.positions?.[0] ?? 0);
+    const parts = (answer.tensors || []).map((each) => ({ ...rowsOf(tensor(each)), isPerStep: each.layout === "LAYOUT_PER_STEP" }));
+    let first = 0;
+    (answer.handles || []).forEach((_, entry) => {
+      const position = Number(answer.positions[entry]);
+      const length = answer.lengths[entry];
       const outputs = {};
-      for (const each of answer.tensors) {
-        const { name, shape, values } = tensor(each);
-        const width = values.length / shape[0];
-        outputs[name] = Array.from({ length: shape[0] }, (_, row) => values.slice(row * width, (row + 1) * width));
+      for (const { name, rows, isPerStep } of parts) {
+        outputs[name] = isPerStep ? rows.slice(first, first + length) : rows.slice(entry, entry + 1);
       }
-      const latencies = this.sentAt.slice(position, position + length).map((at) => now - at);
+      first += length;
       this.answered = position + length;
-      this.on.answer(position, outputs, latencies);
-      if (!Number.isFinite(this.pace())) this.pump();
-    }
+      this.on.answer(position, outputs, this.sentAt.slice(position, position + length).map((at) => now - at));
+    });
+    if (!Number.isFinite(this.pace())) this.pump();
     if (answer.errors?.length) this.end(answer.errors[0].status.message);
     else if (answer.closed?.length) this.end("");
   }

@@ -7,6 +7,7 @@ import { InputError, columnsOf, isId, isText, readCsv, readText, rowsOf, writeCs
 import { $, fill, h, say } from "./dom.js";
 import { Curve } from "./draw.js";
 import { GenerateForm } from "./generate.js";
+import { Legend } from "./legend.js";
 import { Results } from "./results.js";
 import { Stepping } from "./stepping.js";
 
@@ -27,6 +28,7 @@ export class TryIt {
     this.results = new Results();
     this.generate = new GenerateForm(this.results);
     this.input = new LineChart($("input-chart"), "Inputs over steps");
+    this.inputLegend = new Legend($("input-legend"), this.input);
     $("try-model").addEventListener("change", () => this.load());
     $("example").addEventListener("change", () => this.showExample());
     $("draw-feature").addEventListener("change", () => this.fitRange());
@@ -57,14 +59,18 @@ export class TryIt {
   }
 
   /** Offer what is served; keeps what was chosen. */
-  show(models) {
+  async show(models) {
     this.models = models;
     fill(
       $("try-model"),
       models.map(({ name, version }) => ({ value: `${name}/${version}`, text: `${name}, version ${version}` })),
     );
+    if (!this.model) {
+      const first = models.find(({ step_mode }) => step_mode === "stepping") || models[0];
+      if (first) $("try-model").value = `${first.name}/${first.version}`;
+    }
     const key = $("try-model").value;
-    if (!this.model || `${this.model.name}/${this.model.version}` !== key) this.load();
+    if (!this.model || `${this.model.name}/${this.model.version}` !== key) await this.load();
   }
 
   choose(model) {
@@ -169,14 +175,19 @@ export class TryIt {
       return;
     }
     const shown = this.columns.map((column, index) => ({ column, index })).filter(({ column }) => !isId(column)).slice(0, 12);
-    const series = shown.map(({ column, index }) => ({ name: column.name, color: index % 12 }));
+    const series = shown.map(({ column, index }) => ({ name: named(column), color: index % 12 }));
     this.input.reset(series, { steps: rows.length });
-    for (const row of rows) this.input.push(shown.map(({ index }) => row[index]));
+    rows.forEach((row, step) => this.input.push(shown.map(({ index }) => row[index]), step));
+    // Lines of other sizes would flatten the one that counts.
+    const first = this.source === "draw" ? shown.findIndex(({ index }) => index === Number($("draw-feature").value)) : 0;
+    const spans = this.input.series.map(({ values }) => spanOf(values));
+    spans.forEach(([low, high], index) => {
+      const [bottom, top] = spans[Math.max(0, first)];
+      const isFar = Math.max(high, top) - Math.min(low, bottom) > 8 * Math.max(top - bottom, 1e-9);
+      if (isFar || (this.source === "draw" && index !== first)) this.input.toggle(index);
+    });
     const rest = this.columns.length - shown.length;
-    $("input-legend").replaceChildren(
-      ...series.map(({ name, color }) => h("li", { class: `key c${color}` }, h("span", {}, name))),
-      ...(rest > 0 ? [h("li", {}, `and ${rest} more`)] : []),
-    );
+    this.inputLegend.show(12, rest > 0 ? `and ${rest} more` : "");
   }
 
   fitRange() {
@@ -230,6 +241,7 @@ export class TryIt {
     if (!this.whole || this.run) return;
     if (this.whole.spec.generation) {
       this.begin((on) => this.generate.start(on));
+      if (this.run) this.reveal();
       return;
     }
     let rows;
@@ -241,6 +253,7 @@ export class TryIt {
       return;
     }
     this.preview(rows);
+    this.reveal();
     const chips = $("input-tokens").children;
     this.begin((on) => {
       const answer = (position, outputs, latencies) => {
@@ -249,6 +262,11 @@ export class TryIt {
       };
       return new Stepping(this.model, this.inputs, rows, () => this.rate, { ...on, answer });
     });
+  }
+
+  /** Bring the results into view where they are not, as on a phone. */
+  reveal() {
+    if ($("results").getBoundingClientRect().top > window.innerHeight * 0.7) $("results").scrollIntoView();
   }
 
   begin(make) {
@@ -278,6 +296,7 @@ export class TryIt {
     $("start").disabled = isRunning || !this.whole;
     $("stop").disabled = !isRunning;
     $("pause").disabled = !isRunning || !this.run.pause;
+    $("pause").hidden = Boolean(this.whole?.spec.generation);
     say($("pause"), isRunning && this.run.isPaused ? "Resume" : "Pause");
     // A button that goes out under the focus would take it along.
     if (focused === $("start") && isRunning) $("stop").focus();
@@ -290,6 +309,11 @@ export class TryIt {
     say($("rate-value"), text);
     $("rate").setAttribute("aria-valuetext", text);
   }
+}
+
+function spanOf(values) {
+  const finite = values.filter(Number.isFinite);
+  return [Math.min(...finite), Math.max(...finite)];
 }
 
 function named({ name, unit }) {

@@ -1,0 +1,398 @@
+"""Uses the page in headless Chromium, and writes down what it showed. Runs in .venv-compat: browser.py URL FOUND.
+
+Each part is a use of its own, in a browser without memory of the others; what it returns, or how it failed, goes into
+the file FOUND as JSON, for pytest to judge.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import struct
+import sys
+import traceback
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
+)
+VOWELS, WHOLE, NAMES = "vowels/1", "whole/1", "names/1"
+
+
+class Visit:
+    """A page, with all that it asked for, said, and sent over sockets."""
+
+    def __init__(self, browser: Browser, url: str, *, width: int = 1280, bypass_csp: bool = False, **more: str) -> None:
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, bypass_csp=bypass_csp, accept_downloads=True, **more
+        )
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.said: list[str] = []
+        self.hosts: set[str] = set()
+        self.sent: list[dict] = []
+        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
+        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        self.page.on("websocket", self._watch)
+        self.page.goto(url)
+        self.page.wait_for_selector("#start:enabled")
+
+    def _watch(self, socket) -> None:
+        self.hosts.add(urlsplit(socket.url).netloc)
+        socket.on("framesent", lambda payload: self.sent.append(json.loads(payload)))
+
+    def choose(self, model: str) -> None:
+        self.page.select_option("#try-model", model)
+        self.page.wait_for_selector("#start:enabled")
+
+    def source(self, name: str) -> None:
+        self.page.locator(f'[name="source"][value="{name}"]').check(force=True)
+
+    def fast(self) -> None:
+        self.page.locator("#rate").fill("61")
+
+    def run(self) -> None:
+        """Start, and wait for the end."""
+        self.page.click("#start")
+        self.ended()
+
+    def ended(self) -> None:
+        self.page.wait_for_selector("#stop:disabled")
+        self.page.wait_for_selector("#start:enabled")
+
+    @property
+    def error(self) -> str:
+        return self.page.inner_text("#try-error")
+
+    def plotted(self, chart: str = "#output-chart") -> dict[str, list[float]]:
+        """Values of the lines that are drawn, read off their paths."""
+        root = self.page.locator(f"{chart} svg")
+        low, high = (float(root.get_attribute(f"data-{name}")) for name in ("low", "high"))
+        height = float(root.get_attribute("viewBox").split()[3])
+        top, bottom = 10.0, height - 24.0
+        lines = {}
+        for line in root.locator("path.line").all():
+            points = re.findall(r"[ML]([\d.-]+) ([\d.-]+)", line.get_attribute("d") or "")
+            lines[line.get_attribute("data-name")] = [
+                low + (bottom - float(y)) / (bottom - top) * (high - low) for _, y in points
+            ]
+        return lines
+
+    def downloaded(self) -> str:
+        with self.page.expect_download() as download:
+            self.page.click("#download")
+        return Path(download.value.path()).read_text()
+
+    def rows_sent(self, width: int) -> list[list[float]]:
+        """Rows of float32 that went over the socket."""
+        rows = []
+        for message in self.sent:
+            for tensor in message.get("frame", {}).get("tensors", ()):
+                data = base64.b64decode(tensor["data"])
+                numbers = struct.unpack(f"<{len(data) // 4}f", data)
+                rows += [list(numbers[at : at + width]) for at in range(0, len(numbers), width)]
+        return rows
+
+    def result(self, **more: object) -> dict:
+        return {
+            "plotted": self.plotted(),
+            "csv": self.downloaded(),
+            "sent": self.rows_sent(12),
+            "leading": self.page.inner_text("#leading"),
+            "steps": self.page.inner_text("#fact-steps"),
+            "error": self.error,
+            **more,
+        }
+
+
+def example(visit: Visit) -> dict:
+    visit.choose(VOWELS)
+    visit.fast()
+    visit.run()
+    visit.page.locator("#values summary").click()
+    visit.page.wait_for_selector("#value-table tbody tr")
+    table = visit.page.locator("#value-table tbody tr").all()
+    return visit.result(
+        legend=visit.page.locator("#output-legend .leads").inner_text(),
+        table=[row.locator("td").all_inner_texts() for row in table],
+        live=visit.page.text_content("#live"),
+        latency=visit.page.inner_text("#fact-latency"),
+    )
+
+
+def at_a_pace(visit: Visit) -> dict:
+    """The answers arrive one after another, while the steps are sent."""
+    visit.choose(VOWELS)
+    visit.page.locator("#rate").fill("20")  # ten steps a second
+    visit.page.click("#start")
+    counts = []
+    while visit.page.locator("#stop").is_enabled():
+        counts.append(int(visit.page.inner_text("#fact-steps").split()[0]))
+        visit.page.wait_for_timeout(100)
+    return {"counts": counts, "error": visit.error}
+
+
+def pause_and_stop(visit: Visit) -> dict:
+    page = visit.page
+    visit.choose(VOWELS)
+    page.locator("#rate").fill("10")
+    page.click("#start")
+    page.wait_for_selector("#output-chart path.line[d*=L]")
+    page.click("#pause")
+    page.wait_for_timeout(200)
+    paused = page.inner_text("#fact-steps")
+    name = page.inner_text("#pause")
+    page.wait_for_timeout(900)
+    still = page.inner_text("#fact-steps")
+    page.click("#pause")
+    page.locator("#fact-steps", has_not_text=paused).wait_for()
+    page.click("#stop")
+    visit.ended()
+    return {
+        "paused": paused,
+        "still": still,
+        "name": name,
+        "stopped": page.inner_text("#fact-steps"),
+        "error": visit.error,
+    }
+
+
+def csv(visit: Visit) -> dict:
+    """The example by way of CSV, its columns in another order; and what is said about what can't be read."""
+    visit.choose(VOWELS)
+    visit.fast()
+    visit.source("csv")
+    visit.page.click("#csv-fill")
+    text = visit.page.input_value("#csv")
+    lines = [line.split(",") for line in text.strip().splitlines()]
+    visit.page.fill("#csv", "\n".join(";".join(reversed(line)) for line in lines))
+    visit.run()
+    found = visit.result(header=lines[0])
+    row = ",".join(["0"] * 12)
+    faults = {}
+    for name, content in {
+        "empty": "",
+        "columns": f"{row}\n1,2,3",
+        "word": f"{row}\n{row[:-1]}abc",
+        "gap": f"{row}\n{row[:-1]}",
+        "header": ",".join(lines[0]),
+        "stranger": ",".join([*lines[0][:11], "lpc_99"]),
+        "quote": '"1"x,2',
+        "nan": f"{row}\n{row[:-1]}nan",
+        "inf": f"{row[:-1]}-inf",
+    }.items():
+        visit.page.fill("#csv", content)
+        visit.page.click("#start")
+        visit.page.locator("#try-error:not(:empty)").wait_for()
+        visit.ended()
+        faults[name] = visit.error
+    return {**found, "faults": faults}
+
+
+def draw_by_pointer(visit: Visit) -> dict:
+    page = visit.page
+    visit.choose(VOWELS)
+    visit.fast()
+    visit.source("draw")
+    page.select_option("#draw-feature", "2")
+    page.fill("#draw-steps", "30")
+    page.fill("#draw-low", "-2")
+    page.fill("#draw-high", "2")
+    page.select_option("#draw-others", "zero")
+    page.locator('[data-shape="flat"]').click()
+    box = page.locator("#draw").bounding_box()
+    at = lambda x, y: (box["x"] + x * (box["width"] - 1), box["y"] + y * box["height"])  # noqa: E731
+    page.mouse.move(*at(0, 0.75))
+    page.mouse.down()
+    page.mouse.move(*at(1, 0.25), steps=15)
+    page.mouse.up()
+    visit.run()
+    return visit.result(input=visit.plotted("#input-chart"))
+
+
+def draw_by_keys(visit: Visit) -> dict:
+    page = visit.page
+    visit.choose(VOWELS)
+    visit.fast()
+    visit.source("draw")
+    page.fill("#draw-steps", "5")
+    page.fill("#draw-low", "0")
+    page.fill("#draw-high", "1")
+    page.select_option("#draw-others", "zero")
+    page.locator('[data-shape="flat"]').click()
+    page.locator("#draw").focus()
+    page.keyboard.press("Home")
+    for key in ("ArrowUp", "Shift+ArrowUp", "ArrowRight", "PageDown", "End", "PageUp", "PageUp", "PageUp", "PageUp"):
+        page.keyboard.press(key)
+    told = page.text_content("#draw-value")
+    visit.run()
+    return visit.result(told=told)
+
+
+def keyboard_alone(visit: Visit) -> dict:
+    """From the top of the page to a result, without a pointer."""
+    page = visit.page
+    page.keyboard.press("Tab")
+    first = focused(page)
+    page.keyboard.press("Enter")  # the link that skips to the panel
+    way = []
+    while focused(page) != "start":
+        page.keyboard.press("Tab")
+        way.append(focused(page))
+        if way[-1] == "try-model":
+            while page.input_value("#try-model") != VOWELS:
+                page.keyboard.press("ArrowDown")
+                page.wait_for_timeout(50)
+            page.wait_for_selector("#start:enabled")
+        if way[-1] == "rate":
+            page.keyboard.press("End")
+        if len(way) > 30:
+            raise AssertionError(f"Start was not reached: {way}")
+    outline = page.locator("#start").evaluate("(it) => getComputedStyle(it).outlineStyle")
+    page.keyboard.press("Enter")
+    page.locator("#fact-steps", has_text=re.compile(r"^(\d+) of \1$")).wait_for()
+    visit.ended()
+    return visit.result(first=first, way=way, outline=outline, after=focused(page))
+
+
+def focused(page: Page) -> str:
+    return page.evaluate("() => document.activeElement.id || document.activeElement.className")
+
+
+def whole(visit: Visit) -> dict:
+    """A model that needs the whole sequence answers after its end."""
+    visit.choose(WHOLE)
+    visit.fast()
+    visit.run()
+    return visit.result(mode=visit.page.inner_text("#try-mode"))
+
+
+def generate(visit: Visit) -> dict:
+    page = visit.page
+    visit.choose(NAMES)
+    page.fill("#made-prompt", "b")
+    page.fill("#made-temperature", "0.9")
+    page.fill("#made-seed", "5")
+    page.fill("#made-num", "3")
+    visit.run()
+    made = page.locator(".made-item .text").all_inner_texts()
+    csv = visit.downloaded()
+    page.fill("#made-prompt", "bxb")
+    page.click("#start")
+    page.locator("#try-error:not(:empty)").wait_for()
+    return {"made": made, "csv": csv, "error": visit.error}
+
+
+def models(visit: Visit) -> dict:
+    item = visit.page.locator('[data-key="vowels/1"]')
+    item.locator("summary").press("Enter")
+    item.locator("dl").first.wait_for()
+    return {"text": item.inner_text(), "list": visit.page.locator(".model summary .title").all_inner_texts()}
+
+
+def theme(visit: Visit) -> dict:
+    """The system's at first, then the one that was chosen, which is remembered."""
+    page = visit.page
+    colour = lambda: page.evaluate("() => getComputedStyle(document.body).backgroundColor")  # noqa: E731
+    system = colour()
+    button = page.locator("#theme")
+    label = button.get_attribute("aria-label")
+    button.press("Enter")
+    chosen = colour()
+    page.reload()
+    page.wait_for_selector("#start:enabled")
+    return {"system": system, "label": label, "chosen": chosen, "reloaded": colour()}
+
+
+def accessible(visit: Visit) -> dict:
+    """What axe-core finds, with a model open, results there, and an error."""
+    visit.page.locator('[data-key="vowels/1"] summary').click()
+    visit.page.locator('[data-key="vowels/1"] dl').first.wait_for()
+    visit.choose(VOWELS)
+    visit.fast()
+    visit.run()
+    visit.page.locator("#values summary").click()
+    visit.source("csv")
+    visit.page.fill("#csv", "1,2")
+    visit.page.click("#start")
+    visit.page.wait_for_timeout(300)
+    found = violations(visit.page)
+    visit.source("draw")
+    found += violations(visit.page)
+    visit.choose(NAMES)
+    return {"violations": found + violations(visit.page)}
+
+
+def violations(page: Page) -> list[str]:
+    found = Axe().run(page).response["violations"]
+    return [f"{each['impact']} {each['id']}: {node['html'][:200]}" for each in found for node in each["nodes"]]
+
+
+def narrow(visit: Visit) -> dict:
+    """On a phone nothing is wider than the screen; and nothing moves after it was shown."""
+    shifts = """() => new Promise((resolve) => new PerformanceObserver((list) => resolve(
+        list.getEntries().reduce((sum, each) => sum + (each.hadRecentInput ? 0 : each.value), 0)
+    )).observe({type: "layout-shift", buffered: true}) || setTimeout(() => resolve(0), 300))"""
+    shift = visit.page.evaluate(shifts)
+    visit.choose(VOWELS)
+    visit.fast()
+    visit.run()
+    width = visit.page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
+    return {"width": width, "shift": shift, "reached": is_seen(visit.page.locator("#output-chart"))}
+
+
+def is_seen(part: Locator) -> bool:
+    part.page.wait_for_timeout(500)
+    box = part.bounding_box()
+    return box is not None and box["y"] < 900
+
+
+PARTS = {
+    "example": (example, {}),
+    "at_a_pace": (at_a_pace, {}),
+    "pause_and_stop": (pause_and_stop, {}),
+    "csv": (csv, {}),
+    "draw_by_pointer": (draw_by_pointer, {}),
+    "draw_by_keys": (draw_by_keys, {}),
+    "keyboard_alone": (keyboard_alone, {}),
+    "whole": (whole, {}),
+    "generate": (generate, {}),
+    "models": (models, {}),
+    "theme_light": (theme, {"color_scheme": "light"}),
+    "theme_dark": (theme, {"color_scheme": "dark"}),
+    "accessible_light": (accessible, {"color_scheme": "light", "bypass_csp": True}),
+    "accessible_dark": (accessible, {"color_scheme": "dark", "bypass_csp": True}),
+    "narrow": (narrow, {"width": 360}),
+}
+
+
+def main(url: str, found: Path) -> None:
+    results = {}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        for name, (part, options) in PARTS.items():
+            result = results[name] = {}
+            visit = None
+            try:
+                visit = Visit(browser, url, **options)
+                result.update(part(visit))
+            except Exception:  # noqa: BLE001  pytest is told
+                result["failed"] = traceback.format_exc()
+            if visit is not None:
+                result.update(said=visit.said, hosts=sorted(visit.hosts))
+                visit.context.close()
+        browser.close()
+    found.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
