@@ -11,16 +11,20 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.errors import RunFailed, Unavailable
+from service.pb.inference import inference_pb2 as oip
 from service.pb.inference import inference_pb2_grpc as oip_grpc
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.tally import DURATIONS_S, Histogram
 from service.telemetry import REASONS
 from tests.generating import save, tokens
+from tests.lanes import Client, drive, lane_maker, steps
 from tests.oip.calls import request, step
 from tests.rpc import Received, Requests, frame, open_stream, predict, sequences
 from tests.serving import Served, serving
@@ -218,18 +222,31 @@ def test_sessions_end_by_cause(repository: Path) -> None:
         requests.put(frame(x))
         wait_until(lambda: ended(served) == {"closed": 2, "expired": 1})
         requests.close()
-    with serving(repository, drain_s=0.0) as served, served.stub() as stub:
-        requests = Requests()
-        responses = stub.StreamPredict(iter(requests), timeout=30)
-        requests.put(open_stream("lstm", sessions=[pb.SessionOpen()]))
-        next(responses)
-        responses.cancel()
-        wait_until(lambda: ended(served) == {"disconnected": 1})
+        assert Received.all(responses).closed[0].reason == pb.CLOSE_REASON_EXPIRED
+
+
+def test_sessions_of_a_lane_end_by_cause(repository: Path) -> None:
+    lane = lane_maker(repository)("lstm", session_idle_s=5.0)
+    ended = lane.tally.sessions_ended
+    client = Client(lane)
+    for _ in range(6):
+        client.open()
+    lane.close(client.link, 0)
+    assert {cause: count for cause, count in ended.items() if count} == {"closed": 1}
+    lane.lose([client.link.sessions[1].slot], RunFailed("it failed"))
+    assert ended["failed"] == 1
+    lane.lose([client.link.sessions[2].slot], Unavailable("it is unloaded"))
+    assert ended["drained"] == 1
+    client.send({3: steps(1, 1)}, now=4.0)
+    drive(lane, now=4.0)
+    lane.expire(now=6.0)
+    assert ended["expired"] == 2
+    assert lane.drop(client.link, now=6.0)
+    assert ended == {"closed": 1, "failed": 1, "drained": 1, "expired": 2, "disconnected": 1}
+    assert lane.tally.sessions_opened == 6
 
 
 def test_unloaded_versions_are_shown_no_more(repository: Path) -> None:
-    from service.pb.inference import inference_pb2 as oip
-
     with serving(repository, drain_s=0.1) as served, grpc.insecure_channel(served.address) as channel:
         triton = oip_grpc.GRPCInferenceServiceStub(channel)
         requests = Requests()
@@ -248,30 +265,23 @@ def test_unloaded_versions_are_shown_no_more(repository: Path) -> None:
 def test_calls_are_counted_by_method_and_status(repository: Path) -> None:
     (x,) = sequences(6, 1, 4, 4)
     messages = [open_stream("lstm"), *(frame(row[None]) for row in x)]
+    name = "grpc_server_call_duration_seconds_count"
     with serving(repository) as served:
         with served.stub() as stub:
             replies = list(stub.StreamPredict(iter(messages)))
             models = [stub.ListModels(pb.ListModelsRequest()) for _ in range(3)]
-            for name in ("no", "not"):
+            for model in ("no", "not"):
                 with pytest.raises(grpc.RpcError):
-                    stub.GetModel(pb.GetModelRequest(model=name))
-            requests = Requests()
-            cancelled = stub.StreamPredict(iter(requests), timeout=30)
-            requests.put(open_stream("lstm"))
-            next(cancelled)
-            cancelled.cancel()
-            requests = Requests()
-            late = stub.StreamPredict(iter(requests), timeout=0.2)
-            requests.put(open_stream("lstm"))
-            with pytest.raises(grpc.RpcError):
-                list(late)
-        name = "grpc_server_call_duration_seconds_count"
-        wait_until(
-            lambda: (
-                Page(served).of("grpc_server_call_started_total", grpc_method=f"{NATIVE}/StreamPredict")
-                == Page(served).of(name, grpc_method=f"{NATIVE}/StreamPredict")
-            )
-        )
+                    stub.GetModel(pb.GetModelRequest(model=model))
+        with grpc.insecure_channel(served.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            next(watch)
+            watch.cancel()
+            with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
+                list(health.Watch(health_pb2.HealthCheckRequest(), timeout=0.2))
+            statuses = ("CANCELLED", "DEADLINE_EXCEEDED")
+            wait_until(lambda: all(f'grpc_status="{status}"' in Page(served).text for status in statuses))
         page = Page(served)
     ended = {
         (dict(labels)["grpc_method"].split("/")[1], dict(labels)["grpc_status"]): value
@@ -280,8 +290,8 @@ def test_calls_are_counted_by_method_and_status(repository: Path) -> None:
     }
     assert ended == {
         ("StreamPredict", "OK"): 1,
-        ("StreamPredict", "CANCELLED"): 1,
-        ("StreamPredict", "DEADLINE_EXCEEDED"): 1,
+        ("Watch", "CANCELLED"): 1,
+        ("Watch", "DEADLINE_EXCEEDED"): 1,
         ("ListModels", "OK"): 3,
         ("GetModel", "NOT_FOUND"): 2,
     }

@@ -24,6 +24,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Behavior = Callable[[Any, Context], Any]
 OTHER = "other"
 """Stands for every method that the server does not have: a stranger may call as many as he likes."""
+LATE_S = 0.02
+"""A call that its client ends when so little is left of its timeout is over its deadline."""
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -128,14 +130,15 @@ class _Call:
 
     def _end(self, context: Context, error: BaseException | None) -> None:
         seconds = time.perf_counter() - self._began_at
-        self._tally.end(self._method, _status(context, error), seconds, self._sent, self._received)
+        self._tally.end(self._method, _status(context, error, seconds), seconds, self._sent, self._received)
 
 
-def _status(context: Context, error: BaseException | None) -> str:
-    """The status that a call ends with: as its client sees it, but for one that it does not wait for."""
+def _status(context: Context, error: BaseException | None, seconds: float) -> str:
+    """The status that the server ends a call with."""
     if isinstance(error, asyncio.CancelledError | GeneratorExit):
         left_s = context.time_remaining()
-        is_late = left_s is not None and left_s <= 0
+        # The client's clock began earlier, and its timeout travels rounded up by a hundredth at most.
+        is_late = left_s is not None and left_s <= max(LATE_S, (seconds + left_s) / 100)
         return (grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED).name
     code: Any = context.code()
     number = code.value[0] if isinstance(code, grpc.StatusCode) else code
