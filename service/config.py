@@ -33,6 +33,8 @@ _SERVICE_LINK = re.compile(rf"{PREFIX}(SERVICE_|PORT_\d)")
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Repository = Annotated[Path | str, BeforeValidator(lambda given: _repository_of(given))]
+"""A path, or the text of a URL."""
 Policies = Annotated[
     VersionPolicies,
     NoDecode,  # the environment holds the text of a flag, not JSON
@@ -55,8 +57,11 @@ class Settings(BaseSettings):
         validate_default=True,
     )
 
-    repository: Path
-    """Directory of models: <repository>/<model>/<version>/model.onnx."""
+    repository: Repository
+    """Directory of models: <repository>/<model>/<version>/model.onnx; or a URL, s3://, gs://, abfs:// and others of
+    fsspec."""
+    repository_cache: Path | None = None
+    """Directory for what is fetched from a URL, kept for the next start; without it one that is removed at the end."""
     version_policy: Policies = VersionPolicies()
     """Versions that are served: all, latest:N (the highest that load), or numbers such as 1,3; MODEL=POLICY is for one
     model."""
@@ -164,6 +169,14 @@ class Settings(BaseSettings):
     """Time that streams get to finish after SIGTERM, or once their model was unloaded by a call."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
+
+
+def _repository_of(given: Any) -> Any:
+    """Tell a path from a URL."""
+    if not isinstance(given, str):
+        return given
+    protocol, is_url, path = given.partition("://")
+    return given if is_url and protocol != "file" else Path(path if is_url else given)
 
 
 def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:

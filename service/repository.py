@@ -7,6 +7,7 @@ import time
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from models.spec import MODEL_FILE, Layout, Spec
 from service.backend import Backend, check_provider
@@ -95,7 +96,8 @@ def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> 
     try:
         found = storage.look()
     except RepositoryUnreachable as error:
-        raise ConfigError(f"repository: {error}", field="repository") from error
+        storage.close()
+        raise ConfigError(f"repository {error}", field="repository") from error
     loaded = Loaded(storage, store=SpillStore(settings.spill_store) if settings.spill_store else None)
     loaded.take_faults(found)
     loaded.found = found.prints
@@ -114,6 +116,10 @@ def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> 
 def open_storage(settings: Settings) -> Storage:
     """Find the repository. Raises ConfigError."""
     root = settings.repository
+    if isinstance(root, str):
+        from service.remote import RemoteStorage  # fsspec takes its time to import
+
+        return RemoteStorage(root, settings.repository_cache)
     if not root.is_dir():
         raise ConfigError(
             f"repository {root} is no directory: make it, then `rnnserve export RUN --repository {root}`",
@@ -144,7 +150,7 @@ def load_version(
     Raises ModelBroken and ConfigError.
     """
     began = time.perf_counter()
-    path = settings.repository / name / str(version) / MODEL_FILE
+    path = Path(settings.repository) / name / str(version) / MODEL_FILE
     if not path.is_file():
         raise ModelBroken(f"{path}: no such file")
     backend = Backend(path, provider=settings.provider, device_id=settings.device_id, keeps_states=keeps_states)
@@ -163,7 +169,7 @@ def load_version(
 def _load_encoder(settings: Settings, name: str, version: int, decoder: Backend, *, keeps_states: bool | None) -> Lane:
     """Load the file that a decoder's spec names. Raises ModelBroken where it is another one, and ConfigError."""
     graph = decoder.spec.graphs[1]
-    path = settings.repository / name / str(version) / graph.file
+    path = Path(settings.repository) / name / str(version) / graph.file
     if "/" in graph.file or "\\" in graph.file:
         raise ModelBroken(f"{path}: the encoder belongs beside {MODEL_FILE}, under a plain name")
     backend = Backend(
@@ -187,7 +193,7 @@ def _lane(
     settings: Settings, name: str, version: int, backend: Backend, store: SpillStore | None, encoder: Lane | None
 ) -> Lane:
     """Probe a graph and make room for its sequences. Raises ModelBroken."""
-    path = settings.repository / name / str(version) / backend.graph.file
+    path = Path(settings.repository) / name / str(version) / backend.graph.file
     try:
         exactness = probe(backend, settings.max_batch_rows)
     except Exception as error:  # whatever is wrong with this file, the others are served
