@@ -17,7 +17,7 @@ export function ticks(low, high, most) {
   const span = high - low || Math.abs(high) || 1;
   const rough = span / most;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough * 0.999);
+  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough * 0.7);
   const found = [];
   for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9; at += 1) found.push(at * step);
   return found;
@@ -169,7 +169,7 @@ export class LineChart {
     this.root.setAttribute("viewBox", `0 0 ${width} ${height}`);
     Object.assign(this.root.dataset, { low, high, last });
     const grid = svg("g", { class: "grid" });
-    for (const value of ticks(low, high, Math.max(2, Math.floor(height / 44)))) {
+    for (const value of ticks(low, high, Math.max(2, Math.floor(height / 38)))) {
       grid.append(svg("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }));
       const text = svg("text", { x: MARGIN.left - 8, y: y(value) + 3.5, "text-anchor": "end" }, format(value));
       grid.append(text);
