@@ -67,6 +67,7 @@ class Engine:
         self._lanes.setdefault(lane.name, {})[lane.version] = lane
         for each in _both(lane):
             self._waiting[each] = CallLine(each)
+        self._costs |= {(lane, *size): seconds for size, seconds in lane.run_costs.items()}
 
     @property
     def lanes(self) -> list[Lane]:

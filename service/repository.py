@@ -18,6 +18,7 @@ from service.lane import Lane
 from service.probe import probe
 from service.spill import SpillStore
 from service.storage import Found, LocalStorage, Storage
+from service.warmup import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,8 @@ def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> 
     keeps_states  as Backend takes it
     Raises ConfigError where the repository, the provider or the spill store as a whole can't work.
     """
-    storage = open_storage(settings)
     check_provider(settings.provider)
+    storage = open_storage(settings)
     try:
         found = storage.look()
     except RepositoryUnreachable as error:
@@ -209,11 +210,13 @@ def _lane(
             backend.provider,
         )
     try:
-        return Lane(name, version, backend, exactness, settings, store, encoder)
+        lane = Lane(name, version, backend, exactness, settings, store, encoder)
+        warm_up(lane)
     except MemoryError as error:
         raise ModelBroken(f"{path}: no memory for the states of all sequences: lower max_sessions ({error})") from error
     except (ModelBroken, RunFailed) as error:
         raise ModelBroken(f"{path}: {error}") from error
+    return lane
 
 
 def ungenerable(spec: Spec) -> str:

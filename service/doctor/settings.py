@@ -140,6 +140,7 @@ def check_repository(settings: Settings) -> Iterator[Finding]:
     try:
         with _quiet():
             loaded = load_repository(alone)
+            loaded.storage.close()
     except ServiceError as error:
         yield Finding(area, "repository", Level.PROBLEM, str(error), "mend that, then ask again")
         return

@@ -7,10 +7,12 @@ keeps something of the version lets go of it, so that its memory is given back.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,9 +77,16 @@ class Retirer:
             known.ends_at = min(known.ends_at, ends_at)
         else:
             self._engine.retire(lane)
-            self._leaving[lane] = _Leaving(asyncio.create_task(self._leave(lane)), ends_at)
+            task = asyncio.create_task(self._leave(lane))
+            task.add_done_callback(self._trim)  # while it runs it holds the version
+            self._leaving[lane] = _Leaving(task, ends_at)
         for each in self.streams:
             each.announce_unload(lane, grace_s)
+
+    def _trim(self, done: asyncio.Task[None]) -> None:
+        """Give what a version took back to the operating system, on a thread."""
+        if not done.cancelled():
+            asyncio.get_running_loop().run_in_executor(None, _give_back)
 
     def close(self) -> None:
         """Let nothing more leave: the server stops."""
@@ -126,3 +135,9 @@ class Retirer:
         while not holds():
             await asyncio.sleep(poll_s)
             poll_s = min(1.1 * poll_s, MOST_POLL_S)
+
+
+def _give_back() -> None:
+    """Have the C library give back what is free: glibc keeps hundreds of MB of a large model's weights for itself."""
+    with suppress(AttributeError, OSError, TypeError):  # other C libraries have nothing to trim
+        ctypes.CDLL(None).malloc_trim(0)
