@@ -30,7 +30,7 @@ test: .venv/.installed ## run the tests, of large grids a sample
 test-full: .venv/.installed ## run the tests, every case of the grids too
 	@$(BIN)/python -m pytest -m "not compat"
 
-test-compat: .venv/.installed .venv-compat/.installed ## run clients that others wrote, a browser, and examples in other languages
+test-compat: .venv/.installed .venv-compat/.installed ## run clients that others wrote, a browser, Prometheus, and examples in other languages
 	@$(BIN)/python scripts/clients.py
 	@$(BIN)/python -m pytest -m compat
 
@@ -92,11 +92,12 @@ $(RUN)/metrics.json: | .venv/.installed
 	@.venv-protoc/bin/python $(PIP) --requirement scripts/protos.txt
 	@touch $@
 
-.venv-compat/.installed: scripts/compat.txt scripts/compat.py scripts/compat_browser.py
+.venv-compat/.installed: scripts/compat.txt scripts/compat.py scripts/compat_browser.py scripts/compat_prometheus.py scripts/debian.py
 	$(call environment,.venv-compat)
 	@.venv-compat/bin/python $(PIP) --requirement scripts/compat.txt
 	@.venv-compat/bin/python scripts/compat.py
 	@.venv-compat/bin/python scripts/compat_browser.py
+	@.venv-compat/bin/python scripts/compat_prometheus.py
 	@touch $@
 
 # $(call environment,FOLDER): an empty environment, unless there is one.

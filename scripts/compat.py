@@ -6,7 +6,6 @@ beside it. Where there is no such program, or no libb64 to be had, it says so an
 """
 
 import ctypes
-import os
 import platform
 import shutil
 import stat
@@ -15,6 +14,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from debian import unpack
 
 WHEEL = "tritonclient==2.50.0"
 LIBRARY = "libb64.so.0d"
@@ -56,17 +57,9 @@ def has_library() -> bool:
 
 def fetch_library() -> bool:
     """Unpack libb64 from Debian's package; answer whether that worked."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        return False
     with tempfile.TemporaryDirectory() as folder:
-        download = ["apt-get", "download", "--quiet", "libb64-0d"]
-        if subprocess.run(download, cwd=folder, check=False, capture_output=True).returncode:
-            if os.geteuid() or subprocess.run(["apt-get", "update", "--quiet"], check=False).returncode:
-                return False
-            if subprocess.run(download, cwd=folder, check=False).returncode:
-                return False
-        [package] = Path(folder).glob("*.deb")
-        subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
+        if not unpack("libb64-0d", Path(folder)):
+            return False
         for library in Path(folder).rglob("libb64.so*"):
             shutil.copy(library, FOLDER)  # what a link names, too
     return (FOLDER / LIBRARY).exists()

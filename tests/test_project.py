@@ -84,7 +84,7 @@ def test_every_subcommand_loads_without_torch():
 
 
 def test_compose_locks_every_service_down():
-    assert set(COMPOSE["services"]) == {"server", "prometheus", "trainer"}
+    assert set(COMPOSE["services"]) == {"server", "prometheus", "grafana", "trainer"}
     for name, service in COMPOSE["services"].items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
@@ -109,7 +109,7 @@ def test_compose_publishes_the_default_ports_to_this_machine_only():
 
 def test_compose_trains_only_when_asked():
     profiles = {name: service.get("profiles") for name, service in COMPOSE["services"].items()}
-    assert profiles == {"server": None, "prometheus": None, "trainer": ["train"]}
+    assert profiles == {"server": None, "prometheus": None, "grafana": None, "trainer": ["train"]}
 
 
 def test_compose_prometheus_scrapes_the_server():
