@@ -19,7 +19,7 @@ MAIN = f'{CHOSEN}, graph="main"'
 WIDTH, HEIGHT = 24, 8
 """Columns of Grafana's grid, and rows of a panel."""
 QUANTILES = (0.5, 0.9, 0.99)
-STREAMS = ".*Stream.*|.*/Watch|.*/ServerReflectionInfo"
+STREAMS = ".*Stream.*|.*/Generate|.*/Watch|.*/ServerReflectionInfo"
 """Methods whose calls last for as long as their client likes."""
 
 Query = tuple[str, str]
@@ -242,14 +242,15 @@ def variable(name: str, metric: str) -> dict[str, Any]:
 
 
 def dashboard() -> dict[str, Any]:
-    """Put the panels in their places, three abreast."""
+    """Put the panels in their places, three or four abreast."""
     placed: list[Panel] = []
     y = 0
     for title, panels in ROWS.items():
         placed.append({"type": "row", "title": title, "collapsed": False, "panels": [], **_at(0, y, WIDTH, 1)})
         y += 1
-        for start in range(0, len(panels), 3):
-            abreast = panels[start : start + 3]
+        most = 4 if len(panels) == 4 else 3
+        for start in range(0, len(panels), most):
+            abreast = panels[start : start + most]
             width = WIDTH // len(abreast)
             placed += [{**each, **_at(column * width, y, width, HEIGHT)} for column, each in enumerate(abreast)]
             y += HEIGHT
