@@ -158,7 +158,7 @@ ROWS: dict[str, list[Panel]] = {
             quantiles("grpc_server_call_duration_seconds", f'grpc_method!~"{STREAMS}"', "grpc_method"),
         ),
         panel(
-            "Bytes of messages per second, of calls that ended",
+            "Bytes per second, of calls that ended",
             "Bps",
             [
                 (
