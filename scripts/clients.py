@@ -27,7 +27,11 @@ NODE = 20
 
 
 class Missing(Exception):
-    """What a build needs and can't have here."""
+    """What a build needs can't be had here, so that it is left out."""
+
+
+class Failed(Exception):
+    """A command failed, which is a fault."""
 
 
 def googleapis() -> Path:
@@ -43,7 +47,7 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str | Path
     settings = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=settings, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise Missing(f"{shlex.join(map(str, command))} failed: {(done.stdout + done.stderr)[-2000:]}")
+        raise Failed(f"{shlex.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
@@ -61,21 +65,22 @@ def unpack(folder: Path, *packages: str) -> Path:
     need("apt-get", "apt")
     need("dpkg-deb", "dpkg")
     simulate = ["apt-get", "install", "--simulate", "--no-install-recommends", *packages]
-    try:
-        lines = run(*simulate)
-    except Missing:
-        if os.geteuid():
-            raise
-        run("apt-get", "update", "--quiet")
-        lines = run(*simulate)
-    names = [line.split()[1] for line in lines.splitlines() if line.startswith("Inst ")]
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as downloads:
-        if names:
-            run("apt-get", "download", "--quiet", *names, cwd=Path(downloads))
-        for package in Path(downloads).glob("*.deb"):
-            run("dpkg-deb", "--extract", package, root)
+    try:
+        try:
+            lines = run(*simulate)
+        except Failed:  # a fresh container has no lists of packages
+            run("apt-get", "update", "--quiet")
+            lines = run(*simulate)
+        names = [line.split()[1] for line in lines.splitlines() if line.startswith("Inst ")]
+        with tempfile.TemporaryDirectory() as downloads:
+            if names:
+                run("apt-get", "download", "--quiet", *names, cwd=Path(downloads))
+            for package in Path(downloads).glob("*.deb"):
+                run("dpkg-deb", "--extract", package, root)
+    except Failed as error:
+        raise Missing(f"Debian's packages {' '.join(packages)} can't be had: {error}") from error
     stamp.write_text(" ".join(packages))
     return root
 
@@ -112,11 +117,32 @@ def find_node() -> tuple[Path, Path]:
     return COMPAT_PYTHON.with_name("node"), COMPAT_PYTHON.with_name("npm")
 
 
-LANGUAGES: dict[str, Callable[[Path], None]] = {"node": build_node}
+def build_cpp(folder: Path) -> None:
+    """Build by CMake against Debian's gRPC."""
+    for program in ("g++", "cmake", "make", "pkg-config"):
+        need(program, program)
+    root = unpack(folder, "libgrpc++-dev", "libprotobuf-dev", "protobuf-compiler-grpc")
+    [libraries] = (root / "usr" / "lib").glob("*-linux-gnu")
+    environment = {
+        "LD_LIBRARY_PATH": libraries,
+        "PKG_CONFIG_SYSROOT_DIR": root,
+        "PKG_CONFIG_PATH": f"{libraries}/pkgconfig:{root}/usr/share/pkgconfig",
+    }
+    # The libraries need others, which are of the system where it has them, and else unpacked.
+    linker = f"-DCMAKE_EXE_LINKER_FLAGS=-Wl,--copy-dt-needed-entries,-rpath-link,{libraries}"
+    paths = [f"-DPROTOS={PROTOS}", f"-DGOOGLEAPIS={googleapis()}", f"-DCMAKE_PREFIX_PATH={root / 'usr'}"]
+    run("cmake", "-S", SOURCES / "cpp", "-B", folder / "build", *paths, linker, **environment)
+    run("cmake", "--build", folder / "build", **environment)
+    config = PROTOS / "rnnserve" / "v1" / "service_config.json"
+    write_run(folder, folder / "build" / "example", SERVICE_CONFIG=config, LD_LIBRARY_PATH=libraries)
+
+
+LANGUAGES: dict[str, Callable[[Path], None]] = {"node": build_node, "cpp": build_cpp}
 
 
 def main() -> int:
     """Build all that can be built; say what can't be."""
+    num_failed = 0
     for language, build in LANGUAGES.items():
         folder = BUILD / language
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +153,10 @@ def main() -> int:
         except Missing as error:
             (folder / "why").write_text(str(error))
             print(f"the example in {language} is left out: {error}")
-    return 0
+        except Failed as error:
+            num_failed += 1
+            print(f"the example in {language} can't be built: {error}", file=sys.stderr)
+    return min(num_failed, 1)
 
 
 if __name__ == "__main__":
