@@ -22,6 +22,8 @@ SOURCES, BUILD, PROTOS = ROOT / "docs" / "clients", ROOT / "build" / "clients", 
 COMPAT_PYTHON = ROOT / ".venv-compat" / "bin" / "python"
 API = "rnnserve/v1/rnnserve.proto"
 STATUS = "google/rpc/status.proto"
+STUBS = "rnnserve-example/rnnservepb"
+"""Package of Go's stubs."""
 NODE = 20
 """Oldest version of Node.js that will do."""
 
@@ -137,7 +139,47 @@ def build_cpp(folder: Path) -> None:
     write_run(folder, folder / "build" / "example", SERVICE_CONFIG=config, LD_LIBRARY_PATH=libraries)
 
 
-LANGUAGES: dict[str, Callable[[Path], None]] = {"node": build_node, "cpp": build_cpp}
+def build_go(folder: Path) -> None:
+    """Build by Debian's Go and its libraries, which are sources: without modules, and so without a network."""
+    root = unpack(
+        folder,
+        *("golang-go", "golang-google-grpc-dev", "golang-google-protobuf-dev", "golang-google-genproto-dev"),
+        *("protobuf-compiler", "protoc-gen-go", "protoc-gen-go-grpc"),
+    )
+    # Debian's gRPC comes with a protobuf that is too old for what its protoc-gen-go generates; this one is found first.
+    newer = unpack(folder / "newer", "golang-github-golang-protobuf-1-5-dev")
+    [libraries] = (root / "usr" / "lib").glob("*-linux-gnu")
+    [goroot] = (root / "usr" / "lib").glob("go-*")
+    for link in goroot.iterdir():  # into /usr/share, which is elsewhere here
+        if link.is_symlink() and not link.exists():
+            target = root / "usr" / "share" / goroot.name / link.name
+            link.unlink()
+            link.symlink_to(target)
+    own = folder / "gopath" / "src" / "rnnserve-example"
+    shutil.copytree(SOURCES / "go", own, dirs_exist_ok=True)
+    paths = f"-I{PROTOS}", f"-I{googleapis()}", f"-I{root / 'usr/include'}"
+    options = [
+        f"{each}={value}"
+        for each in ("--go_opt", "--go-grpc_opt")
+        for value in (f"M{API}={STUBS}", f"module={own.name}")
+    ]
+    out = f"--go_out={own}", f"--go-grpc_out={own}"
+    path = f"{root / 'usr/bin'}{os.pathsep}{os.environ['PATH']}"
+    run(root / "usr/bin/protoc", *paths, *options, *out, API, PATH=path, LD_LIBRARY_PATH=libraries)
+    run(
+        goroot / "bin" / "go",
+        *("build", "-o", folder / "example", own.name),
+        GOROOT=goroot,
+        GOPATH=os.pathsep.join(map(str, (folder / "gopath", newer / "usr/share/gocode", root / "usr/share/gocode"))),
+        GO111MODULE="off",
+        GOCACHE=folder / "cache",
+        CGO_ENABLED="0",
+    )
+    config = PROTOS / "rnnserve" / "v1" / "service_config.json"
+    write_run(folder, folder / "example", SERVICE_CONFIG=config, GRPC_GO_RETRY="on")
+
+
+LANGUAGES: dict[str, Callable[[Path], None]] = {"node": build_node, "cpp": build_cpp, "go": build_go}
 
 
 def main() -> int:

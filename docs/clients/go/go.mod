@@ -1,0 +1,3 @@
+module rnnserve-example
+
+go 1.19
