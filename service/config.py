@@ -169,6 +169,10 @@ class Settings(BaseSettings):
     """Time that streams get to finish after SIGTERM, or once their model was unloaded by a call."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """How log lines are written: as text, or each as one object of JSON."""
+    access_log: Literal["off", "calls", "sessions"] = "off"
+    """Log a line for each call that has ended, of gRPC and of HTTP; or for each live session that has ended too."""
 
 
 def _repository_of(given: Any) -> Any:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -59,6 +60,8 @@ class Engine:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rnnserve-run")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.TimerHandle | None = None
+        self._context = Context()
+        """Of runs, which are no call's own: else they would be made in that of whoever woke the engine."""
 
     # ---- models -----------------------------------------------------------------------------------------------------
 
@@ -230,7 +233,7 @@ class Engine:
         """Look for work once this turn of the loop has taken in what has arrived."""
         if not self._is_awake and not self._is_on_thread and self._loop is not None:
             self._is_awake = True
-            self._loop.call_soon(self._pump)
+            self._loop.call_soon(self._pump, context=self._context)
 
     def _pump(self) -> None:
         """Run one batch of the lane that has had the least time among those that have one."""
@@ -249,7 +252,7 @@ class Engine:
             try:
                 run = lane.next_run(now)
             except Exception:
-                log.exception("a run of %s could not be made", lane.name)
+                log.exception("a run of %s could not be made", lane.name, extra=lane.about)
                 self.wake()
                 return
             if run is not None:
@@ -273,7 +276,7 @@ class Engine:
         try:
             outputs = boarded.execute()
         except StatesLost as error:
-            log.error("a run of %s with %d rows failed: %s", lane.name, num_rows, error)
+            log.error("a run of %s with %d rows failed: %s", lane.name, num_rows, error, extra=lane.about)
             lane.lose(boarded.slots.tolist(), error)
             self.wake()
             return True
@@ -285,7 +288,7 @@ class Engine:
         try:
             express.arrive(boarded, outputs, self.clock(), seconds)
         except Exception:
-            log.exception("a bug in taking the results of a run of %s", lane.name)
+            log.exception("a bug in taking the results of a run of %s", lane.name, extra=lane.about)
         if self._busy():
             self.wake()
         return True
@@ -313,7 +316,8 @@ class Engine:
         lane, now = job.lane, self.clock()
         try:
             if isinstance(outcome, BaseException):
-                log.error("a run of %s with %d rows failed: %s", lane.name, len(job.run.batch.slots), outcome)
+                num_rows = len(job.run.batch.slots)
+                log.error("a run of %s with %d rows failed: %s", lane.name, num_rows, outcome, extra=lane.about)
                 if isinstance(outcome, StatesLost):
                     lane.abandon(job.run.batch, outcome)
                 else:
@@ -324,7 +328,7 @@ class Engine:
                 self._learn(job.key, outcome.seconds)
                 lane.complete(job.run, outcome.outputs, now, outcome.seconds)
         except Exception:
-            log.exception("a bug in taking the results of a run of %s", lane.name)
+            log.exception("a bug in taking the results of a run of %s", lane.name, extra=lane.about)
             lane.abandon(job.run.batch)
         self.wake()
 

@@ -84,6 +84,8 @@ class Link:
     """Grows whenever `sessions` changes."""
     crew: Crew | None = None
     """Sessions that are together, if any are."""
+    name: str = ""
+    """Of its one session, where the terms of that don't say."""
     is_gone: bool = False
     """Whether its connection has ended: what it still holds is about to go."""
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from models.spec import Layout
 from service.decoding import Beams, Chain, Decoding, Unrolling
 from service.engine import Engine
+from service.facts import current
 from service.generation import Made, Request
 from service.lane import Lane
 from service.predict import Sequences
@@ -29,6 +30,8 @@ async def generate(engine: Engine, lane: Lane, request: Request) -> AsyncGenerat
     Raises Unavailable, Exhausted, BadValue for a source, and what a run fails with.
     """
     engine.check_open()
+    facts = current()
+    facts.num_sequences += request.num
     meter = _Meter(lane.tally, request.num, engine.clock())
     with engine.holding(lane):  # between its encoder and its decoder nothing else tells that it is used
         states, constants = await _begin(engine, lane, request)
@@ -37,6 +40,9 @@ async def generate(engine: Engine, lane: Lane, request: Request) -> AsyncGenerat
         with engine.queued(lane, decoding):
             while (made := await decoding.take()) is not None:
                 meter.take(made, engine.clock())
+                if facts.trace is not None and not facts.steps_out:
+                    facts.trace.note("first output")
+                facts.steps_out += sum(made.lengths)
                 yield made
                 decoding.resume()
                 engine.wake()

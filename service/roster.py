@@ -6,6 +6,7 @@ put down when it begins (`service.constants`), and its slot is free for another 
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from itertools import islice
@@ -29,6 +30,7 @@ from service.sessions import Session, SessionState, SessionTable, Terms
 from service.spill import SpillStore
 from service.tally import Cause, Tally
 
+log = logging.getLogger("rnnserve.access")
 Array = npt.NDArray[Any]
 SLICE = 32
 """Sessions of a link that end in one turn of the event loop, at most."""
@@ -54,6 +56,8 @@ class Roster(ABC):
         """Make room for sessions; a store takes the states of those that are too many for memory."""
         self.name = name
         self.version = version
+        self.about = {"facts": {"model": name, "version": version}}
+        """For log lines, as their `extra`."""
         self.backend = backend
         self.exactness = exactness
         self.settings = settings
@@ -245,6 +249,8 @@ class Roster(ABC):
         link: Link | None = session.link
         if link is None or not link.is_predicting:
             self.tally.sessions_ended[cause or _CAUSES[state]] += 1
+            if self.settings.access_log == "sessions":
+                self._log_end(session, cause or _CAUSES[state])
         if link is not None:
             self.num_predicting -= link.is_predicting
             self._leave(session, state)
@@ -254,6 +260,12 @@ class Roster(ABC):
         if not self.scheduler.cancel(session.slot):
             self.free([session.slot])
         self.scheduler.prioritize(session.slot)
+
+    def _log_end(self, session: Session, cause: Cause) -> None:
+        facts = {**self.about["facts"], "cause": cause.value, "steps": session.applied}
+        if name := session.terms.session_id or (session.link.name if session.link is not None else ""):
+            facts["session_id"] = name
+        log.info("session", extra={"facts": facts})
 
     def free(self, slots: Iterable[int]) -> None:
         """Give back slots whose sequences have ended."""

@@ -1,20 +1,22 @@
-"""Counts gRPC calls by gRPC's proposal A66: how many began, how each ended, how long it took, how much it carried.
+"""Sees every gRPC call begin and end: gives it its facts, counts it by gRPC's proposal A66, and tells observers of it.
 
-grpcio-observability would count the same in gRPC's core, but names no method of an asyncio server, and wants one exact
-version of grpcio; this needs nothing.
+Counted are how many began, how each ended, how long it took, and how much it carried. grpcio-observability would count
+the same in gRPC's core, but names no method of an asyncio server, and wants one exact version of grpcio; this needs
+nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from inspect import isasyncgenfunction
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import grpc
 import grpc.aio
 
+from service.facts import CALL, REQUEST_ID_KEY, CallFacts
 from service.tally import CallTally
 
 if TYPE_CHECKING:
@@ -29,11 +31,22 @@ LATE_S = 0.02
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Counts every call; it goes first, to see the status that others end a call with."""
+class CallObserver(Protocol):
+    """Is told of calls."""
 
-    def __init__(self, tally: CallTally) -> None:
+    def begin(self, facts: CallFacts, details: grpc.HandlerCallDetails) -> None:
+        """A call begins; called in its context."""
+
+    def end(self, facts: CallFacts) -> None:
+        """It has ended, with all that there is to know of it."""
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Sees every call; it goes first, to see the status that others end a call with."""
+
+    def __init__(self, tally: CallTally, observers: Sequence[CallObserver] = ()) -> None:
         self._tally = tally
+        self._observers = observers
 
     async def intercept_service(
         self,
@@ -45,8 +58,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             self._tally.begin(OTHER)
             self._tally.end(OTHER, grpc.StatusCode.UNIMPLEMENTED.name, 0.0, 0, 0)
+            self._tell_unknown(handler_call_details)
             return None
-        call = _Call(self._tally, handler_call_details.method.lstrip("/"))
+        call = _Call(self._tally, self._observers, handler_call_details)
         read, write = call.reader(handler), call.writer(handler)
         for kind, make in _MAKERS.items():
             if behavior := getattr(handler, kind):
@@ -54,6 +68,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     return make(call.wrap(behavior), read, write)
                 return make(call.wrap(behavior, write), read)  # gRPC would write the answer after the end
         return handler
+
+    def _tell_unknown(self, details: grpc.HandlerCallDetails) -> None:
+        """Tell of a call of a method that the server does not have."""
+        if self._observers:
+            facts = CallFacts(OTHER, details.invocation_metadata)
+            facts.status = grpc.StatusCode.UNIMPLEMENTED.name
+            for observer in self._observers:
+                observer.begin(facts, details)
+            for observer in self._observers:
+                observer.end(facts)
 
 
 _MAKERS: dict[str, Callable[..., Handler]] = {
@@ -67,14 +91,27 @@ _MAKERS: dict[str, Callable[..., Handler]] = {
 class _Call:
     """One call under way."""
 
-    __slots__ = ("_began_at", "_method", "_received", "_sent", "_tally")
+    __slots__ = (
+        "_began_at",
+        "_details",
+        "_facts",
+        "_num_read",
+        "_num_written",
+        "_observers",
+        "_received",
+        "_sent",
+        "_tally",
+    )
 
-    def __init__(self, tally: CallTally, method: str) -> None:
+    def __init__(self, tally: CallTally, observers: Sequence[CallObserver], details: grpc.HandlerCallDetails) -> None:
         self._tally = tally
-        self._method = method
+        self._observers = observers
+        self._details = details
+        self._facts = CallFacts(details.method.lstrip("/"), details.invocation_metadata)
         self._began_at = time.perf_counter()
         self._sent = self._received = 0
-        tally.begin(method)
+        self._num_read = self._num_written = 0  # messages, where there are observers
+        tally.begin(self._facts.method)
 
     def reader(self, handler: Handler) -> Callable[[bytes], Any]:
         """Read messages as the handler does, and count their bytes."""
@@ -84,7 +121,11 @@ class _Call:
             self._received += len(raw)
             return raw if read is None else read(raw)
 
-        return count
+        def count_both(raw: bytes) -> Any:
+            self._num_read += 1
+            return count(raw)
+
+        return count_both if self._observers else count
 
     def writer(self, handler: Handler) -> Callable[[Any], bytes]:
         """Write messages as the handler does, and count their bytes."""
@@ -95,7 +136,11 @@ class _Call:
             self._sent += len(raw)
             return raw
 
-        return count
+        def count_both(message: Any) -> bytes:
+            self._num_written += 1
+            return count(message)
+
+        return count_both if self._observers else count
 
     def wrap(self, behavior: Behavior, write: Callable[[Any], bytes] | None = None) -> Behavior:
         """Count the end of the call.
@@ -105,6 +150,7 @@ class _Call:
         if isasyncgenfunction(behavior):
 
             async def generate(request: Any, context: Context) -> AsyncIterator[Any]:
+                self._begin()
                 try:
                     async for response in behavior(request, context):
                         yield response
@@ -116,6 +162,7 @@ class _Call:
             return generate
 
         async def answer(request: Any, context: Context) -> Any:
+            self._begin()
             try:
                 response = await behavior(request, context)
                 if write is not None:
@@ -128,9 +175,24 @@ class _Call:
 
         return answer
 
+    def _begin(self) -> None:
+        """Let whatever the call's task does know what it is for: the task is its own."""
+        CALL.set(self._facts)
+        for observer in self._observers:
+            observer.begin(self._facts, self._details)
+
     def _end(self, context: Context, error: BaseException | None) -> None:
-        seconds = time.perf_counter() - self._began_at
-        self._tally.end(self._method, _status(context, error, seconds), seconds, self._sent, self._received)
+        facts, seconds = self._facts, time.perf_counter() - self._began_at
+        status = _status(context, error, seconds)
+        self._tally.end(facts.method, status, seconds, self._sent, self._received)
+        if self._observers:
+            facts.status, facts.seconds, facts.peer = status, seconds, context.peer()
+            facts.bytes_in, facts.bytes_out = self._received, self._sent
+            facts.messages_in, facts.messages_out = self._num_read, self._num_written
+            for observer in self._observers:
+                observer.end(facts)
+        if error is None and facts.is_named:
+            context.set_trailing_metadata(((REQUEST_ID_KEY, facts.request_id),))
 
 
 def _status(context: Context, error: BaseException | None, seconds: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Coroutine
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,11 +35,12 @@ def serve(config: Path | None, *, print_config: bool, **flags: str | None) -> No
 
     from service.config import load_settings, sources_of, write_toml
     from service.errors import ConfigError
+    from service.logs import log_to_stderr
 
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         settings = load_settings(given, config)
-        log_to_stderr(settings)
+        log_to_stderr(settings.log_level, settings.log_format, who="supervisor" if settings.workers > 1 else "")
         _warn_of_variables()
         if print_config:
             click.echo(write_toml(settings, sources_of(given, config)), nl=False)
@@ -76,15 +76,6 @@ def _supervise(settings: Settings) -> None:
     from service.rpc import supervisor
 
     asyncio.run(supervisor.run(settings))  # not uvloop, whose children inherit more than they are given
-
-
-def log_to_stderr(settings: Settings, *, who: str = "") -> None:
-    """Begin to log, each line with who wrote it."""
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s",
-        stream=sys.stderr,
-    )
 
 
 def _run(serving: Coroutine[Any, Any, None]) -> None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import grpc
 import grpc.aio
+from google.rpc import error_details_pb2
 
 from service.errors import Exhausted, InvalidInput, ServiceError
+from service.facts import REQUEST_ID_KEY, current
 from service.rpc.status import status_of
 
 if TYPE_CHECKING:
@@ -122,7 +124,11 @@ def _too_large(num_bytes: int, limit: int) -> Exhausted:
 
 
 async def _abort(context: Context, error: ServiceError) -> NoReturn:
-    trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status_of(error).SerializeToString())]
+    facts = current()
+    facts.reason, request_id = error.reason, facts.request_id
+    status = status_of(error)
+    status.details.add().Pack(error_details_pb2.RequestInfo(request_id=request_id))
+    trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, request_id)]
     if error.retry_after_s is not None:
         trailers.append((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))))
     elif error.code == Exhausted.code:

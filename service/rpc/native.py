@@ -14,6 +14,7 @@ import grpc.aio
 
 from service.engine import Engine
 from service.errors import DeadlineExpired, InvalidInput, ServiceError, ShapeMismatch, Unavailable
+from service.facts import current
 from service.generate import generate
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
@@ -102,7 +103,8 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> bytes:
         """Run whole sequences. Returns a serialised PredictResponse."""
-        lane = self._engine.lane(request.model, request.version)
+        facts, lane = current(), self._engine.lane(request.model, request.version)
+        facts.serve(lane.name, lane.version)
         plan = self.plan(lane)
         with lane.tally.refusals():
             check_driven(lane)
@@ -118,6 +120,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
                 raise InvalidInput(f"input {missing[0]} is missing: one row a sequence", field="inputs")
             if request.emit not in pb.Emit.values():
                 raise InvalidInput(f"emit {request.emit} is unknown", field="emit")
+        facts.steps_in, facts.num_sequences = num_rows, len(lengths)
         prediction = await self._engine.predict(
             lane,
             Sequences(
@@ -131,6 +134,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
                 constants=[states[name] for name in plan.constants],
             ),
         )
+        facts.steps_out = len(lengths) if request.emit == pb.EMIT_LAST else num_rows
         tensors = []
         for index, values in zip(outputs, prediction.outputs, strict=True):
             is_packed = lane.is_output_per_step[index] and request.emit != pb.EMIT_LAST
@@ -146,6 +150,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Make outputs one after another, and answer them as they are made."""
         lane = self._engine.lane(request.model, request.version)
+        current().serve(lane.name, lane.version)
         plan = self.plan(lane)
         with lane.tally.refusals():
             asked = read_generate(plan, request)

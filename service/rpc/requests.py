@@ -111,6 +111,19 @@ def terms_of(session: pb.SessionOpen, settings: Settings) -> Terms:
     )
 
 
+def check_columns(frame: pb.StreamFrame, handles: list[int]) -> None:
+    """Raise InvalidInput and ShapeMismatch where the columns of a frame don't fit its handles."""
+    num = len(handles)
+    if len(set(handles)) < num:
+        raise InvalidInput("a handle stands in a frame at most once", field="handles")
+    for name in ("positions", "lengths", "acked_positions"):
+        column = getattr(frame, name)
+        if column and len(column) != num:
+            raise ShapeMismatch(f"{name} has {len(column)} entries for {num} handles", field=name)
+    if frame.positions and max(frame.positions) >= 2**62:
+        raise InvalidInput("a position is over 2**62", field="positions")
+
+
 def lengths_of_frame(frame: pb.StreamFrame, num: int, num_rows: int) -> list[int] | None:
     """Steps of each entry; None stands for one each."""
     if frame.lengths:

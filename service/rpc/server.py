@@ -17,7 +17,8 @@ from service.config import Settings
 from service.engine import Engine
 from service.errors import ConfigError
 from service.repository import Broken, Loaded
-from service.rpc.calls import CallInterceptor
+from service.rpc.access import AccessLog, HttpAccessLog
+from service.rpc.calls import CallInterceptor, CallObserver
 from service.rpc.catalog import Catalog
 from service.rpc.handoff import Handoff
 from service.rpc.interceptors import ErrorInterceptor, SeeingInterceptor
@@ -69,13 +70,14 @@ class Server:
         self.catalog.retirer.streams = (self._native,)
         self.catalog.retirer.keepers = (self._native.forget, self._inference.desk.forget)
         self._calls = CallTally()
+        self._observers: list[CallObserver] = [] if settings.access_log == "off" else [AccessLog()]
         self._grpc: grpc.aio.Server | None = None
         self._http: web.AppRunner | None = None
 
     async def start(self) -> None:
         """Listen and answer. Raises ConfigError for a port in use, an address or a certificate that does not work."""
         interceptors: list[grpc.aio.ServerInterceptor] = [
-            CallInterceptor(self._calls),
+            CallInterceptor(self._calls, self._observers),
             ErrorInterceptor(self.settings.max_response_bytes),
         ]
         if self._ages is not None:
@@ -148,7 +150,7 @@ class Server:
             app.on_shutdown.append(sockets.close)
             add_page(app, self.settings, [*telling_routes(self.engine, self.broken), *sockets.routes()])
         path = None if self._place is None else self._place.path
-        self._http, self.http_port = await listen(app, self.settings, path)
+        self._http, self.http_port = await listen(app, self.settings, path, HttpAccessLog)
 
 
 def _credentials(settings: Settings) -> grpc.ServerCredentials:

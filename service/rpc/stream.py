@@ -19,12 +19,13 @@ import numpy.typing as npt
 from service.engine import Engine
 from service.errors import Exhausted, InvalidInput, ServiceError, SessionNotFound, ShapeMismatch
 from service.events import Answer, Event, Link, Steps, StepsFailed
+from service.facts import current
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc.answers import EVENT_BYTES, AnswerWriter, drain_message
 from service.rpc.codec import STEP_MODES, LanePlan
 from service.rpc.handoff import Mover
 from service.rpc.repeat import Repeat, learn
-from service.rpc.requests import Opening, lengths_of_frame, read_request, terms_of
+from service.rpc.requests import Opening, check_columns, lengths_of_frame, read_request, terms_of
 from service.rpc.status import status_of
 from service.sessions import SessionState, Terms
 
@@ -63,6 +64,8 @@ class Stream:
         self._writer = AnswerWriter([plan.output_plans[index] for index in opening.outputs])
         self._link = Link(self._on_event, opening.outputs, emit_last=opening.emit_last)
         engine.attach(self._link)
+        self._facts = current()
+        self._facts.serve(lane.name, lane.version)
         self._waiting: list[bytes] = []
         self._events = pb.StreamAnswer()
         self._num_events = 0
@@ -87,6 +90,8 @@ class Stream:
             step_mode=STEP_MODES[lane.step_mode],
             max_inflight_steps=lane.settings.max_inflight_steps,
         )
+        if len(terms) == 1:
+            self._facts.session_id = terms[0].session_id
         for number, each in enumerate(terms, 1):
             opened.sessions.append(self._open(each, is_first=True))
             if number % SLICE == 0:
@@ -175,6 +180,8 @@ class Stream:
 
     def drop(self) -> None:
         """The call is over, however it came to that."""
+        self._facts.steps_in += self._num_unchecked_steps
+        self._facts.num_sequences = self._link.num_opened
         self._engine.drop(self._lane, self._link)
 
     def announce_drain(self, grace_s: float) -> None:
@@ -193,14 +200,7 @@ class Stream:
             if len(rows) != len(terms):
                 raise ShapeMismatch(f"{name} has {len(rows)} rows for {len(terms)} opens", field="tensors")
         num = len(handles)
-        if len(set(handles)) < num:
-            raise InvalidInput("a handle stands in a frame at most once", field="handles")
-        for name in ("positions", "lengths", "acked_positions"):
-            column = getattr(frame, name)
-            if column and len(column) != num:
-                raise ShapeMismatch(f"{name} has {len(column)} entries for {num} handles", field=name)
-        if frame.positions and max(frame.positions) >= 2**62:
-            raise InvalidInput("a position is over 2**62", field="positions")
+        check_columns(frame, handles)
         if not inputs:
             if frame.lengths:
                 raise ShapeMismatch("lengths without tensors", field="lengths")
@@ -328,6 +328,7 @@ class Stream:
         """
         settings = self._lane.settings
         while not self._lane.is_whole:
+            self._facts.steps_in += self._num_unchecked_steps
             self._num_unchecked_steps = 0
             num_steps = self._link.num_unanswered
             is_full = len(self._link.members) == 1 and num_steps > settings.max_inflight_steps // 2
@@ -388,6 +389,7 @@ class Stream:
         """Take all that waits: answers that are ready together travel together, as far as a message holds them."""
         messages, self._waiting = self._waiting, []
         answers, self.answers = self.answers, []
+        self._facts.steps_out += self._num_held_rows
         self._num_unsent_bytes = self._num_held_rows = 0
         if answers or self._num_events:
             events = None

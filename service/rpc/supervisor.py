@@ -22,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from service.config import Settings
 from service.errors import ConfigError
+from service.rpc.access import HttpAccessLog
 from service.rpc.announcement import Announcement
 from service.rpc.metrics import Page, left_behind, merge, read_page, write_page
 from service.rpc.peers import Peer, Place, ask_all
@@ -87,7 +88,7 @@ class Supervisor:
         if self._settings.page:
             relay = Relay(lambda: [worker.peer for worker in self._live.values()], self._settings.max_message_bytes)
             add_page(app, self._settings, relay.routes())
-        http, http_port = await listen(app, self._settings)
+        http, http_port = await listen(app, self._settings, access_log=HttpAccessLog)
         started = [loop.create_future() for _ in self._places]
         keepers = [loop.create_task(self._keep(*each)) for each in zip(self._places, started, strict=True)]
         try:

@@ -19,10 +19,10 @@ import uvloop
 
 from service.config import Settings
 from service.errors import ConfigError
+from service.logs import log_to_stderr
 from service.repository import load_repository
 from service.rpc import server
 from service.rpc.announcement import announcement_of
-from service.rpc.cli import log_to_stderr
 from service.rpc.peers import Place
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     settings = Settings(**order["settings"])
     if (store := settings.spill_store) is not None:  # each has a file of its own
         settings = settings.model_copy(update={"spill_store": store.with_name(f"{store.name}.{place.index}")})
-    log_to_stderr(settings, who=f"worker {place.index} ")
+    log_to_stderr(settings.log_level, settings.log_format, who=f"worker {place.index}")
     try:
         loaded = load_repository(settings)
         uvloop.run(server.run(settings, loaded, lambda _: report(**asdict(announcement_of(loaded))), place))

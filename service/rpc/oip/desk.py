@@ -12,6 +12,7 @@ from models.spec import StepMode
 from service.engine import Engine
 from service.errors import DeadlineExpired, InvalidInput, NotSteppable, ServiceError, ShapeMismatch
 from service.events import NEVER
+from service.facts import current
 from service.generate import generate
 from service.generation import Request
 from service.lane import Lane
@@ -106,6 +107,10 @@ class Desk:
             plan, counts = self.plan(lane)
             if not options.is_start:
                 sequence = self._sequences.find_spelled(key, plan)
+        facts = current()
+        facts.serve(plan.lane.name, plan.lane.version)
+        if not inference.takes_parts:  # else its call may carry many sequences
+            facts.session_id = str(options.sequence_id)
         given = plan.read(request)
         outputs = plan.pick_outputs(request)
         inference.begin(plan, counts, outputs, wants_final=options.wants_final)
@@ -150,6 +155,8 @@ class Desk:
     # ---- whole sequences --------------------------------------------------------------------------------------------
 
     def _predict(self, request: pb.ModelInferRequest, options: Options, inference: Inference, lane: Lane) -> None:
+        facts = current()
+        facts.serve(lane.name, lane.version)
         if lane.step_mode is StepMode.GENERATIVE:
             self._generate(request, options, inference, lane)
             return
@@ -167,6 +174,8 @@ class Desk:
             constants=[given.contexts[name] for name in plan.contexts],
         )
         inference.num_bytes += plan.step_bytes * given.form.num_rows
+        facts.num_sequences += given.num_sequences
+        facts.steps_in += int(given.all_lengths.sum())
         self._do(lane, inference, self._run(lane, sequences, given, options, inference))
 
     def _generate(self, request: pb.ModelInferRequest, options: Options, inference: Inference, lane: Lane) -> None:
@@ -203,6 +212,7 @@ class Desk:
     ) -> None:
         async with _limit(options):
             prediction = await self._engine.predict(lane, sequences)
+        current().steps_out += int(given.all_lengths.sum())
         inference.answer(given, prediction)
 
     def _do(self, lane: Lane, inference: Inference, act: Coroutine[None, None, None]) -> asyncio.Task[None]:

@@ -42,7 +42,7 @@ class Sequence:
         self.key = key
         self.plan = plan
         self._table = table
-        self._link = Link(self._on_event, plan.all_outputs)
+        self._link = Link(self._on_event, plan.all_outputs, name=str(key[2]))
         self._line: deque[Inference] = deque()
         handle, self._sent, _ = open_session(self._link, terms, now)  # position of the next request's first step
         self._session = self._link.sessions[handle]

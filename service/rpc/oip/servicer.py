@@ -12,6 +12,7 @@ import grpc.aio
 from service.engine import Engine
 from service.errors import InvalidInput, ModelNotFound, ServiceError, Unimplemented
 from service.events import Event, Link
+from service.facts import current
 from service.pb.inference import inference_pb2 as pb
 from service.pb.inference import inference_pb2_grpc as pb_grpc
 from service.rpc.catalog import Catalog
@@ -126,6 +127,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             inference.cancel()
         if inference.response is None:
             raise inference.error or ServiceError("no answer")
+        facts = current()
+        facts.steps_in += inference.num_steps
+        facts.steps_out += inference.num_steps
         return inference.response
 
     async def ModelStreamInfer(self, request: object, context: Context) -> None:

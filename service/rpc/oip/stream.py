@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from service.config import Settings
 from service.errors import InvalidInput
+from service.facts import current
 from service.pb.inference import inference_pb2 as pb
 from service.rpc.oip.desk import Desk
 from service.rpc.oip.inference import Inference
@@ -31,6 +32,8 @@ class InferStream:
         self._line: deque[Inference] = deque()
         self._num_line_bytes = 0
         self._num_line_steps = 0
+        self._num_steps = 0  # of all, and
+        self._num_failed_steps = 0
         self._is_finishing = False
         self._wakeup: asyncio.Future[None] | None = None
         self._has_written = asyncio.Event()
@@ -59,6 +62,7 @@ class InferStream:
                 self._reader.learn(raw, request, learned)
         self._num_line_bytes += inference.num_bytes
         self._num_line_steps += inference.num_steps
+        self._num_steps += inference.num_steps
 
     def finish(self) -> None:
         """The client has sent all."""
@@ -69,6 +73,9 @@ class InferStream:
         """The call is over: whole sequences that nobody waits for are given up; live ones go on."""
         for inference in self._line:
             inference.cancel()
+        facts = current()
+        facts.steps_in += self._num_steps
+        facts.steps_out += self._num_steps - self._num_failed_steps - self._num_line_steps
 
     @property
     def wants_room(self) -> bool:
@@ -110,6 +117,7 @@ class InferStream:
         self._num_line_steps -= inference.num_steps
         if inference.response is not None:
             return on_stream(inference.response)
+        self._num_failed_steps += inference.num_steps
         return failed_on_stream(inference.id, str(inference.error))
 
     def _on_done(self, inference: Inference) -> None:
