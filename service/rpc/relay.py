@@ -99,11 +99,12 @@ async def _pass(source: Socket, target: Socket) -> None:
 
 def sum_stats(parts: Iterable[Json]) -> Json:
     """Add the numbers of the workers of one server up."""
-    total: Json = {"time": time.monotonic(), "is_draining": False, "workers": 0, "models": []}
+    total: Json = {"time": time.monotonic(), "is_draining": False, "workers": 0, "broken": 0, "models": []}
     by_version: dict[tuple[str, int], Json] = {}
     for part in parts:
         total["is_draining"] |= part["is_draining"]
         total["workers"] += part["workers"]
+        total["broken"] = max(total["broken"], part["broken"])  # the same repository is read by all
         for model in part["models"]:
             known = by_version.setdefault((model["name"], model["version"]), dict.fromkeys(COUNTS, 0))
             by_version[model["name"], model["version"]] = {

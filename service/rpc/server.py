@@ -69,6 +69,7 @@ class Server:
         self._inference = InferenceServicer(self.engine, self.catalog, self._handoff)
         self.catalog.retirer.streams = (self._native,)
         self.catalog.retirer.keepers = (self._native.forget, self._inference.desk.forget)
+        self._sockets = Sockets(self._native, settings.max_message_bytes)
         self._calls = CallTally()
         self._observers: list[CallObserver] = [] if settings.access_log == "off" else [AccessLog()]
         self._grpc: grpc.aio.Server | None = None
@@ -116,7 +117,8 @@ class Server:
             log.info("draining: %d streams have %.0f s to end", len(streams), self.settings.drain_s)
         for stream in streams:
             stream.announce_drain(self.settings.drain_s)
-        await self._grpc.stop(self.settings.drain_s)
+        drain_s = self.settings.drain_s
+        await asyncio.gather(self._grpc.stop(drain_s), self._sockets.drained(drain_s))
         if self._http is not None:
             await self._http.cleanup()
         if self._handoff is not None:
@@ -146,9 +148,8 @@ class Server:
         if self._handoff is not None:
             app.add_routes(self._handoff.routes())
         if self.settings.page:
-            sockets = Sockets(self._native, self.settings.max_message_bytes)
-            app.on_shutdown.append(sockets.close)
-            add_page(app, self.settings, [*telling_routes(self.engine, self.broken), *sockets.routes()])
+            app.on_shutdown.append(self._sockets.close)
+            add_page(app, self.settings, [*telling_routes(self.engine, self.broken), *self._sockets.routes()])
         path = None if self._place is None else self._place.path
         self._http, self.http_port = await listen(app, self.settings, path, HttpAccessLog)
 

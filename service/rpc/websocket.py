@@ -51,10 +51,18 @@ class Sockets:
         self._calls = calls
         self._max_message_bytes = max_message_bytes
         self._open: set[web.WebSocketResponse] = set()
+        self._is_empty = asyncio.Event()
 
     def routes(self) -> list[web.RouteDef]:
         """One for each call."""
         return [web.get("/api/stream", self._stream), web.get("/api/generate", self._generate)]
+
+    async def drained(self, longest_s: float) -> None:
+        """Wait until no call goes on, but not for ever."""
+        self._is_empty.clear()
+        if self._open:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_empty.wait(), longest_s)
 
     async def close(self, _: web.Application) -> None:
         """End every call: the server stops."""
@@ -107,6 +115,8 @@ class Sockets:
             await socket.close()
         finally:
             self._open.discard(socket)
+            if not self._open:
+                self._is_empty.set()
 
 
 class _Context:

@@ -53,6 +53,7 @@ class Guard:
                 return _error(_STATUSES.get(error.code, 500), error.code, str(error))
             if not response.prepared:
                 response.headers.update(HEADERS)
+                response.headers.setdefault("Cache-Control", "no-store")
             return response
 
         return guarded

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from service.engine import Engine
 from service.lane import Lane
+from service.repository import Broken
 
 Json = dict[str, Any]
 
 
-def stats_of(engine: Engine) -> Json:
+def stats_of(engine: Engine, broken: Sequence[Broken]) -> Json:
     """Read the counters; `time` is in seconds, on a clock that never goes back."""
     return {
         "time": time.monotonic(),
         "is_draining": engine.is_draining,
         "workers": 1,
+        "broken": len(broken),
         "models": [_lane_stats(lane) for lane in engine.lanes],
     }
 

@@ -23,7 +23,7 @@ def telling_routes(engine: Engine, broken: Sequence[Broken]) -> list[web.RouteDe
         return web.json_response(describe_whole(engine.lane(name, int(version))))
 
     async def stats(_: web.Request) -> web.Response:
-        return web.json_response(stats_of(engine))
+        return web.json_response(stats_of(engine, broken))
 
     return [
         web.get("/api/models", models),

@@ -24,7 +24,7 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 )
-VOWELS, WHOLE, NAMES = "vowels/1", "whole/1", "names/1"
+VOWELS, WHOLE, NAMES, CONTEXTUAL, WIDE = "vowels/1", "whole/1", "names/1", "contextual/1", "wide/1"
 
 
 class Visit:
@@ -32,7 +32,11 @@ class Visit:
 
     def __init__(self, browser: Browser, url: str, *, width: int = 1280, bypass_csp: bool = False, **more: str) -> None:
         self.context = browser.new_context(
-            viewport={"width": width, "height": 900}, bypass_csp=bypass_csp, accept_downloads=True, **more
+            viewport={"width": width, "height": 900},
+            bypass_csp=bypass_csp,
+            accept_downloads=True,
+            reduced_motion="reduce",  # or what is pointed at would still be moving
+            **more,
         )
         self.page = self.context.new_page()
         self.page.set_default_timeout(20_000)
@@ -292,6 +296,29 @@ def generate(visit: Visit) -> dict:
     return {"made": made, "csv": csv, "error": visit.error}
 
 
+def contextual(visit: Visit) -> dict:
+    """A sequence is given its context once; there is no example, so the steps are CSV."""
+    page = visit.page
+    visit.choose(CONTEXTUAL)
+    visit.fast()
+    for at, value in enumerate(("0.5", "-1", "2")):
+        page.fill(f"#given-season-{at}", value)
+    page.fill("#csv", "1 2 3\n4 5 6\n\n-1 0 0.25\n")
+    visit.run()
+    sources = page.locator("#sources label:visible").all_inner_texts()
+    return visit.result(sources=sources)
+
+
+def wide(visit: Visit) -> dict:
+    """A step of many values, and no example."""
+    page = visit.page
+    visit.choose(WIDE)
+    visit.fast()
+    page.fill("#csv", "\n".join("\t".join(str((step + at) % 7) for at in range(512)) for step in range(40)))
+    visit.run()
+    return visit.result(legend=page.locator("#input-legend li").all_inner_texts())
+
+
 def models(visit: Visit) -> dict:
     item = visit.page.locator('[data-key="vowels/1"]')
     item.locator("summary").press("Enter")
@@ -366,6 +393,8 @@ PARTS = {
     "keyboard_alone": (keyboard_alone, {}),
     "whole": (whole, {}),
     "generate": (generate, {}),
+    "contextual": (contextual, {}),
+    "wide": (wide, {}),
     "models": (models, {}),
     "theme_light": (theme, {"color_scheme": "light"}),
     "theme_dark": (theme, {"color_scheme": "dark"}),

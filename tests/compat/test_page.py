@@ -17,7 +17,8 @@ from models.export import export_run
 from models.train import train
 from service.client import Client
 from tests.compat.conftest import BIN, HERE
-from tests.generating import WORDS, save, tokens
+from tests.generating import WORDS, contextual, save, tokens
+from tests.onnx_models import build
 
 PARTS = ("example", "csv", "draw_by_pointer", "draw_by_keys", "keyboard_alone", "whole")
 CHROMIUM = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
@@ -39,6 +40,8 @@ def server(tmp_path_factory):
         run = train(task, task.recipe.changed(hidden=16, epochs=4, **more), runs / name, show_progress=False).run
         export_run(run, root, name=name)
     save(tokens(7), root, "names")
+    save(contextual(), root, "contextual")
+    build("gru", features=512, outputs=20).save(root, "wide")
     with rnnserve(root) as process:
         yield process
 
@@ -191,10 +194,30 @@ def test_what_is_generated_is_what_a_grpc_client_gets(found, client):
     assert result["error"].startswith("“bxb” in the prompt is not in the model's vocabulary")
 
 
+def test_a_sequence_is_given_its_context_once(found, client):
+    result = found["contextual"]
+    x = np.array([[1, 2, 3], [4, 5, 6], [-1, 0, 0.25]], np.float32)
+    expected = client.predict("contextual", {"x": [x], "season": np.array([[0.5, -1, 2]], np.float32)})
+    names, values = saved(result["csv"])
+    assert names == ["y[0]", "y[1]"]
+    np.testing.assert_array_equal(values, np.reshape(expected.outputs["y"], (3, 2)))
+    assert result["sources"] == ["CSV", "Draw"], "there is no example, and no text"
+
+
+def test_a_step_may_have_many_values(found, client):
+    result = found["wide"]
+    x = (np.arange(40)[:, None] + np.arange(512)) % 7
+    names, values = saved(result["csv"])
+    assert len(names) == 20
+    np.testing.assert_array_equal(values, streamed(client, x, "wide"))
+    assert len(result["plotted"]) == 12
+    assert result["legend"][-1] == "and 500 more"
+
+
 def test_a_model_says_all_of_itself(found, client):
     info = client.model("vowels")
     result = found["models"]
-    assert result["list"] == ["names version 1", "vowels version 1", "whole version 1"]
+    assert result["list"] == [f"{name} version 1" for name in ("contextual", "names", "vowels", "whole", "wide")]
     for text in (
         info.digest,
         info.step_mode_reason,

@@ -206,6 +206,26 @@ async def test_a_server_that_stops_says_so(repository):
             await asyncio.wait_for(asyncio.wrap_future(stopping), 5)
 
 
+async def test_what_is_live_may_end_while_the_server_drains(repository):
+    [x] = sequences(5, 1, 8, 8)
+    with serving(repository, drain_s=20) as served:
+        async with browsing(served) as session, session.ws_connect("/api/stream") as socket:
+            await socket.send_json(opening("lstm"))
+            await socket.send_json(frame(x[:4]))
+            await socket.receive()
+            stopping = asyncio.run_coroutine_threadsafe(served.server.stop(), served.loop)
+            await socket.send_json(frame(x[4:], closes=True))
+            messages = await until_over(socket)
+            async with session.ws_connect("/api/stream") as other:
+                await other.send_json(opening("lstm"))
+                assert (await fault(other))["code"] == 14
+            await socket.close()
+            await asyncio.wait_for(asyncio.wrap_future(stopping), 10)
+    rows = [decoded(tensor) for message in messages for tensor in message.get("answer", {}).get("tensors", ())]
+    np.testing.assert_array_equal(np.concatenate(rows), run_alone(repository, "lstm", x))
+    assert sum("drain" in message for message in messages) == 1
+
+
 # Generate
 
 

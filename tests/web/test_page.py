@@ -94,6 +94,8 @@ async def test_what_is_broken_is_told(repository, tmp_path):
     (tmp_path / "bad" / "1" / "model.onnx").write_bytes(b"no model")
     with serving(tmp_path) as served:
         _, content = await json_of(served, "/api/models")
+        _, stats = await json_of(served, "/api/stats")
+    assert stats["broken"] == 1
     [broken] = content["broken"]
     assert (broken["name"], broken["version"]) == ("bad", 1)
     assert str(tmp_path / "bad") in broken["error"]
@@ -226,6 +228,7 @@ async def test_headers_keep_a_browser_from_strangers(served, path):
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["Referrer-Policy"] == "no-referrer"
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert headers["Cache-Control"] == ("no-store" if path.startswith("/api") else "no-cache")
 
 
 async def test_files_are_zipped_and_asked_for_again_only_when_they_change(served):

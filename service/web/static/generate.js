@@ -1,8 +1,9 @@
 // The form of a model that makes its outputs by itself, and what it makes, as it is made.
 
 import { call, rowsOf, tensor } from "./api.js";
-import { decode, encode, exact, format, sizeOf } from "./codec.js";
+import { decode, encode, exact, format } from "./codec.js";
 import { InputError } from "./columns.js";
+import { ContextFields, field, number } from "./contexts.js";
 import { $, fill, h, say } from "./dom.js";
 
 const REASONS = { FINISH_REASON_END: "ended", FINISH_REASON_MAX_STEPS: "stopped at the most steps" };
@@ -21,7 +22,7 @@ export class GenerateForm {
     const [graph, encoder] = spec.graphs;
     const encoded = new Set((encoder?.outputs || []).map(({ name }) => name));
     this.sources = (encoder?.inputs || []).filter(({ layout }) => layout === "per_step");
-    this.contexts = graph.inputs.filter(({ name, layout }) => layout === "per_sequence" && !encoded.has(name));
+    const contexts = graph.inputs.filter(({ name, layout }) => layout === "per_sequence" && !encoded.has(name));
     this.token = graph.inputs.find(({ name }) => name === this.generation.token_input) || null;
     this.fields = new Map();
     const parts = [];
@@ -36,7 +37,8 @@ export class GenerateForm {
       const about = source.categories.length ? "text" : "ids with spaces between";
       parts.push(this.add(source.name, `${source.description || source.name} (${about})`, h("input", { type: "text", spellcheck: "false" })));
     }
-    for (const context of this.contexts) parts.push(...this.contextFields(context));
+    this.given = new ContextFields(contexts, "made");
+    parts.push(...this.given.parts);
     if (this.token && !this.sources.length) {
       const needs = this.generation.begin_id === null ? "" : ", may be empty";
       parts.push(this.add("prompt", `Begin with${needs}`, h("input", { type: "text", spellcheck: "false" })));
@@ -66,18 +68,6 @@ export class GenerateForm {
     return field(input.id, label, input);
   }
 
-  contextFields(context) {
-    if (context.categories.length && !context.row_shape.length) {
-      const select = h("select", {});
-      fill(select, context.categories.map((text, id) => ({ value: String(id), text: text || "any other" })));
-      return [this.add(`${context.name}.0`, context.description || context.name, select)];
-    }
-    const width = sizeOf(context.row_shape);
-    return Array.from({ length: width }, (_, at) =>
-      this.add(`${context.name}.${at}`, context.element_names[at] || `${context.name}[${at}]`, number(0, null, null, "any")),
-    );
-  }
-
   /** Fill the fields from an example. */
   take({ inputs }) {
     for (const source of this.sources) {
@@ -86,11 +76,7 @@ export class GenerateForm {
         ? ids.map((id) => source.categories[id]).join(isOfCharacters(source) ? "" : " ")
         : ids.join(" ");
     }
-    for (const context of this.contexts) {
-      decode(inputs[context.name].dtype, inputs[context.name].data).forEach((value, at) => {
-        this.fields.get(`${context.name}.${at}`).value = String(value);
-      });
-    }
+    this.given.take({ inputs });
     if (this.token && inputs[this.token.name] && this.fields.has("prompt")) {
       const ids = decode(inputs[this.token.name].dtype, inputs[this.token.name].data);
       this.fields.get("prompt").value = ids.map((id) => this.whole.spec.vocabulary[id] ?? id).join(this.generation.separator);
@@ -125,11 +111,7 @@ export class GenerateForm {
       if (!ids.length) throw new InputError("Type a text first.");
       inputs.push({ name: source.name, data: encode(source.dtype, repeat(ids)), lengths: Array(num).fill(ids.length) });
     }
-    for (const context of this.contexts) {
-      const width = sizeOf(context.row_shape);
-      const row = Array.from({ length: width }, (_, at) => value(`${context.name}.${at}`));
-      inputs.push({ name: context.name, data: encode(context.dtype, repeat(row)) });
-    }
+    inputs.push(...this.given.tensors(num));
     if (this.fields.has("prompt")) {
       const ids = this.read(this.fields.get("prompt").value, this.whole.spec.vocabulary, this.generation.separator, "the prompt");
       inputs.push({ name: this.token.name, data: encode(this.token.dtype, repeat(ids)), lengths: Array(num).fill(ids.length) });
@@ -260,12 +242,4 @@ export class GenerateForm {
 
 function isOfCharacters({ categories }) {
   return categories.length > 1 && categories.every((each) => each.length <= 1);
-}
-
-function number(value, min, max, step = 1) {
-  return h("input", { type: "number", value, min, max, step, inputmode: "decimal" });
-}
-
-function field(id, label, input, note) {
-  return h("div", { class: "field" }, h("label", { for: id }, label), input, note ? h("p", { class: "note" }, note) : null);
 }

@@ -47,7 +47,7 @@ class Page {
     this.isAsking = true;
     try {
       const stats = await get("api/stats");
-      const names = stats.models.map(({ name, version }) => `${name}/${version}`).join();
+      const names = [...stats.models.map(({ name, version }) => `${name}/${version}`), stats.broken].join();
       if (names !== this.known) {
         await this.load();
         this.known = names;

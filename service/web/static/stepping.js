@@ -11,13 +11,15 @@ export class Stepping {
   /**
    * model   as /api/models tells it
    * inputs  its per-step inputs
+   * given   tensors that the sequence is given once
    * rows    steps, a number a column
    * pace    () => steps per second, Infinity for as fast as possible
-   * on      {answer(position, {name: rows}, latencies), end(error text or "")}
+   * on      {answer(position, {name: rows}, latencies), warn(text), end(error text or "")}
    */
-  constructor(model, inputs, rows, pace, on) {
+  constructor(model, inputs, given, rows, pace, on) {
     this.model = model;
     this.inputs = inputs;
+    this.given = given;
     this.rows = rows;
     this.pace = pace;
     this.on = on;
@@ -30,7 +32,7 @@ export class Stepping {
     this.isWhole = model.step_mode === "buffered";
     this.socket = call(
       "api/stream",
-      { open: { model: model.name, version: String(model.version), sessions: [{}] } },
+      { open: { model: model.name, version: String(model.version) } },
       { message: (message) => this.take(message), end: (text) => this.end(text) },
     );
   }
@@ -49,9 +51,11 @@ export class Stepping {
   }
 
   take(message) {
-    if (message.opened) {
-      const refused = message.opened.sessions?.find((each) => each.status);
-      if (refused) this.end(refused.status.message);
+    if (message.opened) this.socket.send({ frame: { opens: [{}], tensors: this.given } });
+    else if (message.drain) this.on.warn("The server is stopping: what is not done soon is cut off.");
+    else if (message.answer?.opened?.length) {
+      const [{ status }] = message.answer.opened;
+      if (status) this.end(status.message);
       else this.begin();
     } else if (message.answer) this.answer(message.answer);
   }

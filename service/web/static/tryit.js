@@ -5,6 +5,7 @@ import { LineChart } from "./chart.js";
 import { exact, format } from "./codec.js";
 import { InputError, columnsOf, isId, isText, readCsv, readText, rowsOf, writeCsv } from "./columns.js";
 import { $, fill, h, say } from "./dom.js";
+import { ContextFields } from "./contexts.js";
 import { Curve } from "./draw.js";
 import { GenerateForm } from "./generate.js";
 import { Legend } from "./legend.js";
@@ -115,6 +116,9 @@ export class TryIt {
     const [graph] = spec.graphs;
     this.inputs = graph.inputs.filter(({ layout }) => layout === "per_step");
     this.columns = columnsOf(this.inputs);
+    this.given = new ContextFields(graph.inputs.filter(({ layout }) => layout === "per_sequence"), "given");
+    $("given").replaceChildren(...this.given.parts);
+    $("given").hidden = !this.given.parts.length;
     this.examples = examples.map((example) => ({ ...example, rows: rowsOf(example, this.inputs) }));
     fill($("example"), this.examples.map(({ name }, index) => ({ value: String(index), text: name })));
     $("example").value = "0";
@@ -148,6 +152,7 @@ export class TryIt {
   showExample() {
     const example = this.example;
     if (!example) return;
+    this.given.take(example);
     say($("example-note"), `${example.rows.length} steps. ${example.source}${example.license ? `, ${example.license}` : ""}.`);
     if (this.source === "example" && !this.run) this.preview(example.rows);
   }
@@ -260,7 +265,8 @@ export class TryIt {
         this.results.take(position, outputs, latencies);
         for (let step = position; step < position + latencies.length; step += 1) chips[step]?.classList.add("done");
       };
-      return new Stepping(this.model, this.inputs, rows, () => this.rate, { ...on, answer });
+      const warn = (text) => this.results.fail(text);
+      return new Stepping(this.model, this.inputs, this.given.tensors(1), rows, () => this.rate, { ...on, answer, warn });
     });
   }
 
