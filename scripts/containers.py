@@ -88,7 +88,7 @@ def free_ports(count: int) -> list[int]:
 def composed(engine: Engine, variables: dict[str, str]) -> Iterator[None]:
     """Have the server and Prometheus up; show their logs if something fails."""
     try:
-        engine.compose("up", "--detach", "--no-build", variables=variables)
+        engine.compose("up", "--detach", "--no-build", "server", "prometheus", variables=variables)
         yield
     except BaseException:
         engine.compose("logs", variables=variables)

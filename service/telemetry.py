@@ -137,6 +137,7 @@ LANE_METRICS = (
         is_of_graph=True,
     ),
     _gauge("rnnserve_sessions", "Live sessions.", lambda lane: lane.num_sessions),
+    _gauge("rnnserve_max_sessions", "Most live sessions (the setting).", lambda lane: lane.settings.max_sessions),
     _counter("rnnserve_sessions_opened", "Sessions opened.", lambda lane: lane.tally.sessions_opened),
     LaneMetric(
         CounterMetricFamily,

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.errors import RunFailed, Unavailable
+from service.errors import RunFailed, Unavailable, reasons
 from service.pb.inference import inference_pb2 as oip
 from service.pb.inference import inference_pb2_grpc as oip_grpc
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
@@ -198,6 +198,13 @@ def test_strangers_make_no_series(repository: Path) -> None:
     assert "hostile" not in after.text
     assert after.of("grpc_server_call_started_total", grpc_method="other") == 42
     assert after.of("rnnserve_sessions_opened_total", **LSTM) == 21
+
+
+def test_every_reason_of_the_server_is_a_label() -> None:
+    """Also of errors that other modules than errors.py may add: this file has imported the whole server."""
+    assert reasons() == REASONS
+    assert {"OVERLOADED", "POSITION_GAP", "RUN_FAILED", "SESSION_EXPIRED"} < set(REASONS)
+    assert not {"CONFIG", "MODEL_BROKEN"} & set(REASONS)
 
 
 def test_sessions_end_by_cause(repository: Path) -> None:

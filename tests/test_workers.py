@@ -209,6 +209,7 @@ def test_a_worker_that_is_killed_is_nobody_elses_affair_and_sigterm_drains_all(m
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         kept.step(20, 40)
         wait_until(lambda: value(fleet.page(), "rnnserve_workers") == 1)
+        assert value(fleet.page(), "rnnserve_ready") == 0
         page = fleet.page()
         assert not fleet.is_ready()
         assert fleet.get("/livez") == "ok\n"
@@ -224,6 +225,7 @@ def test_a_worker_that_is_killed_is_nobody_elses_affair_and_sigterm_drains_all(m
         page = fleet.page()
         assert value(page, "rnnserve_steps_total", **LSTM) >= steps
         assert value(page, "rnnserve_worker_restarts_total") == 2
+        assert value(page, "rnnserve_ready") == 1
         with fleet.connect_to(0) as again:
             served = Stream(again, x)
             served.step(0, 40)
@@ -308,6 +310,7 @@ def test_merged_pages_sum_what_counts_and_show_facts_once() -> None:
 def test_every_gauge_was_thought_about(served: Served) -> None:
     """A gauge is summed over workers unless OVER_WORKERS says otherwise; a new one has to be put on one side."""
     summed = {"rnnserve_sessions", "rnnserve_slots_used", "rnnserve_slots", "rnnserve_queued_steps"}
+    summed |= {"rnnserve_max_sessions"}
     summed |= {"rnnserve_sessions_resident", "rnnserve_sessions_spilled"}
     summed |= {"process_virtual_memory_bytes", "process_resident_memory_bytes", "process_open_fds"}
     with urllib.request.urlopen(f"http://127.0.0.1:{served.server.http_port}/metrics") as response:

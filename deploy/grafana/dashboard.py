@@ -178,9 +178,15 @@ ROWS: dict[str, list[Panel]] = {
             [("sum(process_open_fds)", "open"), ("min(process_max_fds)", "limit of a process")],
         ),
         panel(
-            "State slots in use",
+            "Share in use: of state slots, and of max_sessions",
             "percentunit",
-            [(f"{total('rnnserve_slots_used', labels=MAIN)} / {total('rnnserve_slots', labels=MAIN)}", EACH)],
+            [
+                (
+                    f"{total('rnnserve_slots_used', labels=MAIN)} / {total('rnnserve_slots', labels=MAIN)}",
+                    f"slots {EACH}",
+                ),
+                (f"{total('rnnserve_sessions')} / {total('rnnserve_max_sessions')}", f"sessions {EACH}"),
+            ],
         ),
         panel(
             "States of sessions",
