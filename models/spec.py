@@ -93,6 +93,29 @@ class TensorSpec(_Frozen):
         return self
 
 
+class GoldenArray(_Frozen):
+    """An array in JSON."""
+
+    dtype: DType
+    """Type of the elements."""
+    shape: tuple[int, ...]
+    """Dimensions."""
+    data: str
+    """base64 of the little-endian row-major bytes."""
+
+    @classmethod
+    def of(cls, array: Array) -> Self:
+        """Encode an array."""
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        data = base64.b64encode(little.tobytes()).decode("ascii")
+        return cls.model_validate({"dtype": array.dtype.name, "shape": array.shape, "data": data})
+
+    def array(self) -> Array:
+        """Decode it; the result is read-only."""
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        return np.frombuffer(base64.b64decode(self.data), dtype=dtype).reshape(self.shape)
+
+
 class StateSpec(_Frozen):
     """A recurrent state: a graph input and the output that is its next value, paired by name.
 
@@ -108,7 +131,9 @@ class StateSpec(_Frozen):
     row_shape: tuple[Positive, ...]
     """(directions, hidden) of a recurrent layer; (past steps, channels) of a causal convolution."""
     initial: str = ""
-    """Per-sequence output of the encoder, [batch, *row_shape], that a sequence begins with; empty: zeros."""
+    """Per-sequence output of the encoder, [batch, *row_shape], that a sequence begins with; empty: `begins`."""
+    begins: GoldenArray | None = None
+    """Row that a sequence begins with; absent: zeros."""
 
 
 class LayerSpec(_Frozen):
@@ -152,6 +177,8 @@ class GraphSpec(_Frozen):
     """Its recurrent layers, first to last."""
     fixed_steps: Positive | None = None
     """Steps that the graph's time axis has, where it is not dynamic: shorter rows are padded to it."""
+    chunk: Positive | None = None
+    """Entries of the model's own time axis that travel as one step, such as the samples of an audio frame."""
     inputs: tuple[TensorSpec, ...]
     """What it takes, without states and lengths."""
     outputs: tuple[TensorSpec, ...]
@@ -249,29 +276,6 @@ class Parity(_Frozen):
     """Cases compared."""
 
 
-class GoldenArray(_Frozen):
-    """An array in JSON."""
-
-    dtype: DType
-    """Type of the elements."""
-    shape: tuple[int, ...]
-    """Dimensions."""
-    data: str
-    """base64 of the little-endian row-major bytes."""
-
-    @classmethod
-    def of(cls, array: Array) -> Self:
-        """Encode an array."""
-        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        data = base64.b64encode(little.tobytes()).decode("ascii")
-        return cls.model_validate({"dtype": array.dtype.name, "shape": array.shape, "data": data})
-
-    def array(self) -> Array:
-        """Decode it; the result is read-only."""
-        dtype = np.dtype(self.dtype).newbyteorder("<")
-        return np.frombuffer(base64.b64decode(self.data), dtype=dtype).reshape(self.shape)
-
-
 class Golden(_Frozen):
     """Inputs of a graph (lengths and states too) and torch's answers to them, all batch first."""
 
@@ -294,6 +298,8 @@ class Spec(_Frozen):
     """Trained parameters."""
     graphs: tuple[GraphSpec, ...]
     """The one with the role "model", or a decoder and its encoder."""
+    max_batch: Positive | None = None
+    """Most sequences in one run; absent: as many as the server's setting says."""
     generation: Generation | None = None
     """How outputs are made one after another; absent where inputs come step by step."""
     labels: tuple[str, ...] = ()
@@ -378,6 +384,8 @@ class Spec(_Frozen):
             return StepMode.BUFFERED, f"layer {number} goes backwards: it begins with the last step"
         if self.graph.looks_ahead:
             return StepMode.BUFFERED, "an answer depends on steps to come, beside what its recurrent layers read"
+        if self.graph.chunk is not None:
+            return StepMode.CHUNKED, f"a step is a chunk of {self.graph.chunk} entries of the model's time axis"
         return StepMode.STEPPING, "every layer is causal: an output depends on the steps up to it alone"
 
     def to_json(self) -> str:

@@ -24,6 +24,7 @@ from models.spec import (
     SpecError,
     parse_spec,
 )
+from service.adapter import Adapted
 from service.errors import ConfigError, ModelBroken, RunFailed
 from service.placement import CPU, Node, Placement
 
@@ -68,9 +69,11 @@ class Backend:
         device_id: int = 0,
         keeps_states: bool | None = None,
         encoder_of: Spec | None = None,
+        adapted: Adapted | None = None,
     ) -> None:
         """Load a file and check that its graph is what its spec says.
 
+        adapted       what is run in place of a file that was made elsewhere
         encoder_of    spec of the decoder whose encoder this file is; other files carry theirs
         device_id     number of the GPU
         keeps_states  whether states stay on the device; by default they do on a GPU, which a test has not
@@ -82,7 +85,7 @@ class Backend:
         cuda = {"device_id": device_id, "use_tf32": 0}
         self._providers = [(name, cuda if name == CUDA else {}) for name in _present(provider)]
         try:
-            content = path.read_bytes()
+            content = path.read_bytes() if adapted is None else adapted.content
         except OSError as error:
             raise ModelBroken(f"{path}: can't be read: {error.strerror}") from error
         try:
@@ -104,11 +107,14 @@ class Backend:
         """Where the model's nodes run."""
         self.content = content
         """The file, which the session holds anyway."""
-        self.digest = hashlib.sha256(content).hexdigest()
+        self.digest = hashlib.sha256(content).hexdigest() if adapted is None else adapted.digest
         self.num_bytes = len(content)
-        if encoder_of is None:
+        self.spec: Spec
+        if adapted is not None:
+            self.spec = adapted.spec
+        elif encoder_of is None:
             try:
-                self.spec: Spec = parse_spec(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
+                self.spec = parse_spec(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
             except SpecError as error:
                 raise ModelBroken(f"{path}: {error}") from error
         else:

@@ -282,6 +282,7 @@ def open_sequences(
     """Open anonymous sessions of a call, with nothing queued: see `submit_sequences`."""
     terms = ANONYMOUS if priority is Priority.NORMAL else Terms(priority=priority)
     slots = lane.slab.allocate(count)
+    lane.begin(slots.tolist())
     for index, rows in enumerate(states):
         if rows is not None:
             lane.slab.write(slots, index, rows)

@@ -34,9 +34,9 @@ def probe(backend: Backend, max_rows: int) -> Exactness:
     """Measure whether neighbours, or cuts in time, change a sequence's numbers.
 
     The same sequences run alone, beside neighbours of LOUDNESS times their size and of NaN, in a batch of max_rows, and
-    cut into chunks.
+    cut into chunks. A model that takes one sequence at a time is `coupled`, whatever others would do to it.
     """
-    return _Probe(backend).measure(max_rows)
+    return _Probe(backend).measure(min(max_rows, backend.spec.max_batch or max_rows))
 
 
 class _Probe:
@@ -51,7 +51,8 @@ class _Probe:
         rng = np.random.default_rng(0)
         quiet = self._sample(rng, PROBE_STEPS)
         alone = self._run_padded([quiet])[0]
-        for neighbours in self._neighbours(rng, quiet):
+        for neighbours in self._neighbours(rng, quiet) if max_rows > 1 else []:
+            neighbours = neighbours[: max_rows - 1]
             batch_error = max(batch_error, _difference(alone, self._run_padded([*neighbours, quiet])[-1]))
         brief = {name: rows[:2] if name in per_step else rows for name, rows in quiet.items()}
         crowd = [brief] * max_rows  # as large as batches get: kernels block rows by their number
@@ -61,10 +62,13 @@ class _Probe:
             for cuts in ([1] * PROBE_STEPS, [7, 1, 15]):
                 chunk_error = max(chunk_error, _difference(alone, self._run_cut(quiet, cuts)))
         worst = max(batch_error, chunk_error)
-        detail = f"largest relative difference beside neighbours {batch_error:.1e}" + (
+        beside = f"largest relative difference beside neighbours {batch_error:.1e}"
+        detail = (beside if max_rows > 1 else "it takes one sequence at a time; largest relative difference") + (
             f", cut into chunks {chunk_error:.1e}" if can_step else ""
         )
         verdict: Verdict = "exact" if worst == 0 else "rounding" if worst <= ROUNDING else "coupled"
+        if max_rows == 1:
+            verdict = "coupled"
         return Exactness(verdict, detail, chunk_error <= ROUNDING)
 
     def _sample(self, rng: np.random.Generator, steps: int) -> dict[str, Array]:

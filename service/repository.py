@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.spec import MODEL_FILE, Layout, Spec
+from service.adapter import adapt, is_described
 from service.backend import Backend, check_provider
 from service.changes import Key, changes
 from service.config import Settings
@@ -154,7 +155,13 @@ def load_version(
     path = Path(settings.repository) / name / str(version) / MODEL_FILE
     if not path.is_file():
         raise ModelBroken(f"{path}: no such file")
-    backend = Backend(path, provider=settings.provider, device_id=settings.device_id, keeps_states=keeps_states)
+    backend = Backend(
+        path,
+        provider=settings.provider,
+        device_id=settings.device_id,
+        keeps_states=keeps_states,
+        adapted=adapt(path) if is_described(path) else None,
+    )
     if shared := [t.name for t in backend.graph.inputs if t.layout is Layout.SHARED]:
         raise ModelBroken(f"{path}: inputs {', '.join(shared)} are shared by all sequences, which can't be served")
     encoder = None

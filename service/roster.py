@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -68,7 +68,9 @@ class Roster(ABC):
         self.is_output_per_step = [t.layout is Layout.PER_STEP for t in self.graph.outputs]
         self.tally = Tally()
         self.attained_s = 0.0  # see policies.Served
-        is_coupled = exactness.verdict == "coupled" and not settings.batch_coupled_models
+        max_rows = min(settings.max_batch_rows, backend.spec.max_batch or settings.max_batch_rows)
+        if exactness.verdict == "coupled" and not settings.batch_coupled_models:
+            max_rows = 1
         # Cancelled sequences hold their slot until the run that they are in completes: room for one batch of them.
         num_slots = settings.max_sessions + settings.max_predict_sequences + settings.max_batch_rows
         max_resident = settings.max_sessions if self.is_whole or store is None else settings.max_resident_sessions
@@ -79,11 +81,12 @@ class Roster(ABC):
         self.scheduler = Scheduler(
             num_slots,
             BatchConfig(
-                max_rows=1 if is_coupled else settings.max_batch_rows,
+                max_rows=max_rows,
                 max_chunk_steps=settings.max_chunk_steps if exactness.is_chunkable else 1,
                 whole=self.is_whole,
             ),
         )
+        self._begins = [(n, s.begins.array()) for n, s in enumerate(self.graph.states) if s.begins is not None]
         self.residence: Residence | None = None
         """Knows whose state is in memory; None where all are, as for a model that needs the whole sequence."""
         if store is not None and not self.is_whole:
@@ -137,6 +140,7 @@ class Roster(ABC):
                     field="tensors",
                 )
             slot = int(self.slab.allocate(1)[0]) if self.residence is None else self.residence.admit()
+            self.begin([slot])
             if self.constants is not None and given is not None:
                 self.constants.put([slot], [[row] for row in given])
             session = self.sessions.open(slot, link, handle, terms, now)
@@ -154,6 +158,11 @@ class Roster(ABC):
         link.version += 1
         link.members.add(session)
         return handle, session.expected, was_live
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """Give slots that were taken just now the states that the model begins with, where those are no zeros."""
+        for index, row in self._begins:
+            self.slab.write(np.array(slots, dtype=np.int64), index, np.broadcast_to(row, (len(slots), *row.shape)))
 
     def close(self, link: Link, handle: int) -> None:
         """End a session once its queued steps are answered."""
