@@ -164,7 +164,7 @@ class Wrapper:
 
     def _inside(self) -> onnx.GraphProto:
         """The graph with its constants in it, all under names of its own."""
-        graph = self._onnx.GraphProto()
+        graph: onnx.GraphProto = self._onnx.GraphProto()
         graph.CopyFrom(self._graph)
         for name, given in self._says.constants.items():
             value = self._takes[name]
@@ -179,8 +179,8 @@ class Wrapper:
                     )
                 array = array.reshape([1] * len(sizes))
             graph.initializer.append(self._onnx.numpy_helper.from_array(array, name))
-        prefixed: onnx.GraphProto = self._onnx.compose.add_prefix_graph(graph, _INSIDE)
-        return prefixed
+        _prefix(graph)
+        return graph
 
     def _values(
         self, inputs: Mapping[str, Lie], outputs: Mapping[str, Lie], states: Mapping[str, Lie]
@@ -277,3 +277,20 @@ class Part:
             made.initializer.extend(each.initializer)
             made.sparse_initializer.extend(each.sparse_initializer)
         return made
+
+
+def _prefix(graph: onnx.GraphProto) -> None:
+    """Put _INSIDE before every name of a graph, and of those within it: inner ones may use the outer's values."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = _INSIDE + value.name
+    for weight in graph.initializer:
+        weight.name = _INSIDE + weight.name
+    for sparse in graph.sparse_initializer:
+        sparse.values.name = _INSIDE + sparse.values.name
+    for node in graph.node:
+        node.name = _INSIDE + node.name
+        for names in (node.input, node.output):
+            names[:] = [_INSIDE + name if name else "" for name in names]  # empty: one that is left out
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                _prefix(inner)
