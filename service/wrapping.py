@@ -133,7 +133,7 @@ class Wrapper:
                 body=inner,
                 num_scan_inputs=len(stepped) + 1,
                 scan_input_axes=[1] * len(stepped) + [0],
-                scan_output_axes=[1] * len(answered),
+                **({"scan_output_axes": [1] * len(answered)} if answered else {}),
             )
         )
         return outer.graph("adopted", self._values(inputs, outputs, states))
@@ -288,7 +288,7 @@ def _prefix(graph: onnx.GraphProto) -> None:
     for sparse in graph.sparse_initializer:
         sparse.values.name = _INSIDE + sparse.values.name
     for node in graph.node:
-        node.name = _INSIDE + node.name
+        node.name = _INSIDE + node.name if node.name else ""  # which may be empty, but not twice the same
         for names in (node.input, node.output):
             names[:] = [_INSIDE + name if name else "" for name in names]  # empty: one that is left out
         for attribute in node.attribute:
