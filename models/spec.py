@@ -6,13 +6,14 @@ it. Step mode is decided here and nowhere else.
 
 from __future__ import annotations
 
-import base64
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.arrays import DType as DType
+from models.arrays import GoldenArray as GoldenArray
 from models.quantization import Quantization
 
 METADATA_KEY = "rnnserve.spec"
@@ -50,7 +51,6 @@ class Layout(StrEnum):
     """A row for every step of an encoder's input, which a decoder reads as a whole at each of its own steps."""
 
 
-DType = Literal["float32", "int64", "int32", "float64", "bool"]
 Topology = Literal["many-to-one", "many-to-many", "one-to-many", "encoder-decoder"]
 Cell = Literal["rnn", "lstm", "gru"]
 Positive = Annotated[int, Field(gt=0)]
@@ -91,29 +91,6 @@ class TensorSpec(_Frozen):
         if self.categories and (len(self.categories) != self.num_ids or self.categories[0]):
             raise ValueError(f"{self.name}: categories need a name for each of num_ids, the first one empty")
         return self
-
-
-class GoldenArray(_Frozen):
-    """An array in JSON."""
-
-    dtype: DType
-    """Type of the elements."""
-    shape: tuple[int, ...]
-    """Dimensions."""
-    data: str
-    """base64 of the little-endian row-major bytes."""
-
-    @classmethod
-    def of(cls, array: Array) -> Self:
-        """Encode an array."""
-        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        data = base64.b64encode(little.tobytes()).decode("ascii")
-        return cls.model_validate({"dtype": array.dtype.name, "shape": array.shape, "data": data})
-
-    def array(self) -> Array:
-        """Decode it; the result is read-only."""
-        dtype = np.dtype(self.dtype).newbyteorder("<")
-        return np.frombuffer(base64.b64decode(self.data), dtype=dtype).reshape(self.shape)
 
 
 class StateSpec(_Frozen):
@@ -396,7 +373,10 @@ class Spec(_Frozen):
 def parse_spec(text: str | None) -> Spec:
     """Read and check a spec. Raises SpecError."""
     if text is None:
-        raise SpecError(f"no {METADATA_KEY!r} in the file's metadata: export it with `rnnserve export`")
+        raise SpecError(
+            f"no {METADATA_KEY!r} in the file's metadata: export it with `rnnserve export`, or describe it by a "
+            "model.toml beside it, which `rnnserve adopt` writes"
+        )
     try:
         return Spec.model_validate_json(text)
     except ValidationError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import warnings
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -21,6 +23,7 @@ with warnings.catch_warnings():
     from silero_vad.utils_vad import OnnxWrapper
 
 RATE, CHUNK, SESSIONS = 16_000, 512, 24
+PAGE = Path(__file__).parent.parent / "docs" / "adopt.md"
 Rows = np.ndarray
 
 
@@ -32,10 +35,11 @@ def file():
 
 @pytest.fixture(scope="module")
 def root(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adopted as docs/adopt.md says."""
+    """Adopted by the command in docs/adopt.md."""
     root = tmp_path_factory.mktemp("adopted")
-    arguments = ["--repository", root, "--name", "vad", "--constant", f"sr={RATE}", "--chunk", CHUNK, "--context", 64]
-    done = CliRunner().invoke(adopt, [str(file), *map(str, arguments)])
+    [line] = re.findall(r"^ +rnnserve adopt (.*)$", PAGE.read_text(), re.MULTILINE)
+    words = shlex.split(line.replace("$FILE", str(file)).replace("--repository repository", f"--repository {root}"))
+    done = CliRunner().invoke(adopt, words)
     assert done.exit_code == 0, done.output
     assert "exact" in done.output
     return root
@@ -124,3 +128,8 @@ def test_sequences_of_the_inference_protocol(served: Served, voices: list[Rows],
             rows[each.infer_response.id].append(array(each.infer_response, "output")[0, 0])
     for number in chosen:
         np.testing.assert_array_equal(np.array(rows[str(number)]), wanted[number])
+
+
+def test_page_shows_what_adopt_writes(root: Path) -> None:
+    [written] = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert written == (root / "vad" / "1" / "model.toml").read_text()
