@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grpc
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
 from service.facts import REQUEST_ID_KEY, CallFacts, checked_request_id
 
+if TYPE_CHECKING:  # a supervisor does without
+    import grpc
+
 log = logging.getLogger("rnnserve.access")
-PROBES = ("grpc.health.v1.Health/Check", "/livez", "/readyz", "/metrics")
+PROBES = ("grpc.health.v1.Health/Check", "/livez", "/readyz", "/metrics", "/api/stats")
 """What asks every few seconds: where all is well, it is told of at DEBUG."""
 
 
