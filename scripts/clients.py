@@ -20,10 +20,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES, BUILD, PROTOS = ROOT / "docs" / "clients", ROOT / "build" / "clients", ROOT / "protos"
 COMPAT_PYTHON = ROOT / ".venv-compat" / "bin" / "python"
+CONFIG = PROTOS / "rnnserve" / "v1" / "service_config.json"
 API = "rnnserve/v1/rnnserve.proto"
 STATUS = "google/rpc/status.proto"
 STUBS = "rnnserve-example/rnnservepb"
 """Package of Go's stubs."""
+GOCODE = "usr/share/gocode"
+JARS = (
+    *("grpc-api", "grpc-context", "grpc-core", "grpc-netty", "grpc-protobuf", "grpc-protobuf-lite", "grpc-stub"),
+    *(
+        "protobuf",
+        "proto-google-common-protos*",
+        "gson",
+        "guava",
+        "failureaccess",
+        "perfmark-api",
+        "netty-all",
+        "netty-[a-z]*",
+    ),
+    *("geronimo-annotation-1.3-spec", "opencensus-api"),
+)
 NODE = 20
 """Oldest version of Node.js that will do."""
 
@@ -87,6 +103,16 @@ def unpack(folder: Path, *packages: str) -> Path:
     return root
 
 
+def found(root: Path, path: str) -> Path:
+    """Find a file or folder among what was unpacked, or else, since the system had it already, in the system."""
+    return root / path if (root / path).exists() else Path("/") / path
+
+
+def libraries_of(root: Path) -> Path:
+    """Find the folder of shared libraries that were unpacked."""
+    return next(iter((root / "usr" / "lib").glob("*-linux-gnu")), root)
+
+
 def write_run(folder: Path, *command: str | Path, **environment: str | Path) -> None:
     """Write the script that runs the example."""
     exports = "".join(f"export {name}={shlex.quote(str(value))}\n" for name, value in environment.items())
@@ -124,7 +150,7 @@ def build_cpp(folder: Path) -> None:
     for program in ("g++", "cmake", "make", "pkg-config"):
         need(program, program)
     root = unpack(folder, "libgrpc++-dev", "libprotobuf-dev", "protobuf-compiler-grpc")
-    [libraries] = (root / "usr" / "lib").glob("*-linux-gnu")
+    libraries = libraries_of(root)
     environment = {
         "LD_LIBRARY_PATH": libraries,
         "PKG_CONFIG_SYSROOT_DIR": root,
@@ -135,8 +161,7 @@ def build_cpp(folder: Path) -> None:
     paths = [f"-DPROTOS={PROTOS}", f"-DGOOGLEAPIS={googleapis()}", f"-DCMAKE_PREFIX_PATH={root / 'usr'}"]
     run("cmake", "-S", SOURCES / "cpp", "-B", folder / "build", *paths, linker, **environment)
     run("cmake", "--build", folder / "build", **environment)
-    config = PROTOS / "rnnserve" / "v1" / "service_config.json"
-    write_run(folder, folder / "build" / "example", SERVICE_CONFIG=config, LD_LIBRARY_PATH=libraries)
+    write_run(folder, folder / "build" / "example", SERVICE_CONFIG=CONFIG, LD_LIBRARY_PATH=libraries)
 
 
 def build_go(folder: Path) -> None:
@@ -144,20 +169,20 @@ def build_go(folder: Path) -> None:
     root = unpack(
         folder,
         *("golang-go", "golang-google-grpc-dev", "golang-google-protobuf-dev", "golang-google-genproto-dev"),
-        *("protobuf-compiler", "protoc-gen-go", "protoc-gen-go-grpc"),
+        *("protobuf-compiler", "libprotobuf-dev", "protoc-gen-go", "protoc-gen-go-grpc"),
     )
     # Debian's gRPC comes with a protobuf that is too old for what its protoc-gen-go generates; this one is found first.
     newer = unpack(folder / "newer", "golang-github-golang-protobuf-1-5-dev")
-    [libraries] = (root / "usr" / "lib").glob("*-linux-gnu")
-    [goroot] = (root / "usr" / "lib").glob("go-*")
-    for link in goroot.iterdir():  # into /usr/share, which is elsewhere here
+    libraries = libraries_of(root)
+    goroot = next(iter(sorted((root / "usr" / "lib").glob("go-*"))), Path("/usr/lib/go"))
+    for link in goroot.iterdir():  # into /usr/share, which is elsewhere where it was unpacked
         if link.is_symlink() and not link.exists():
             target = root / "usr" / "share" / goroot.name / link.name
             link.unlink()
             link.symlink_to(target)
     own = folder / "gopath" / "src" / "rnnserve-example"
     shutil.copytree(SOURCES / "go", own, dirs_exist_ok=True)
-    paths = f"-I{PROTOS}", f"-I{googleapis()}", f"-I{root / 'usr/include'}"
+    paths = f"-I{PROTOS}", f"-I{googleapis()}", f"-I{found(root, 'usr/include/google/protobuf').parent.parent}"
     options = [
         f"{each}={value}"
         for each in ("--go_opt", "--go-grpc_opt")
@@ -165,21 +190,60 @@ def build_go(folder: Path) -> None:
     ]
     out = f"--go_out={own}", f"--go-grpc_out={own}"
     path = f"{root / 'usr/bin'}{os.pathsep}{os.environ['PATH']}"
-    run(root / "usr/bin/protoc", *paths, *options, *out, API, PATH=path, LD_LIBRARY_PATH=libraries)
+    run(found(root, "usr/bin/protoc"), *paths, *options, *out, API, PATH=path, LD_LIBRARY_PATH=libraries)
     run(
         goroot / "bin" / "go",
         *("build", "-o", folder / "example", own.name),
         GOROOT=goroot,
-        GOPATH=os.pathsep.join(map(str, (folder / "gopath", newer / "usr/share/gocode", root / "usr/share/gocode"))),
+        GOPATH=os.pathsep.join(map(str, (folder / "gopath", newer / GOCODE, root / GOCODE, Path("/") / GOCODE))),
         GO111MODULE="off",
         GOCACHE=folder / "cache",
         CGO_ENABLED="0",
     )
-    config = PROTOS / "rnnserve" / "v1" / "service_config.json"
-    write_run(folder, folder / "example", SERVICE_CONFIG=config, GRPC_GO_RETRY="on")
+    write_run(folder, folder / "example", SERVICE_CONFIG=CONFIG, GRPC_GO_RETRY="on")
 
 
-LANGUAGES: dict[str, Callable[[Path], None]] = {"node": build_node, "cpp": build_cpp, "go": build_go}
+def build_java(folder: Path) -> None:
+    """Compile against the jars of Debian's gRPC: there is no Maven repository to be had everywhere."""
+    need("javac", "default-jdk-headless")
+    root = unpack(
+        folder,
+        *("libgrpc-java", "libprotobuf-java", "libgoogle-common-protos-java", "libnetty-java", "libguava-java"),
+        *("libgoogle-gson-java", "libperfmark-java", "libgeronimo-annotation-1.3-spec-java"),
+        "libnetty-tcnative-java",
+        *("protobuf-compiler", "libprotobuf-dev", "protobuf-compiler-grpc-java-plugin"),
+    )
+    libraries = libraries_of(root)
+    generated, classes = folder / "generated", folder / "classes"
+    generated.mkdir(exist_ok=True)
+    paths = f"-I{PROTOS}", f"-I{googleapis()}", f"-I{found(root, 'usr/include/google/protobuf').parent.parent}"
+    plugin = f"--plugin=protoc-gen-grpc={found(root, 'usr/bin/grpc_java_plugin')}"
+    protoc = found(root, "usr/bin/protoc")
+    run(protoc, *paths, plugin, f"--java_out={generated}", f"--grpc_out={generated}", API, LD_LIBRARY_PATH=libraries)
+    # What the system has is not unpacked again.
+    jars = [
+        jar
+        for each in (root, Path("/"))
+        for name in JARS
+        for jar in sorted((each / "usr/share/java").glob(f"{name}.jar"))
+    ]
+    path = os.pathsep.join(map(str, (classes, *jars)))
+    sources = [SOURCES / "java" / "Example.java", *generated.rglob("*.java")]
+    run("javac", "-Xlint:all,-processing,-cast,-classfile,-path", "-cp", path, "-d", classes, *sources)
+    # TLS needs it, under the name that netty looks for; Debian's netty can't do it by Java's own means.
+    native = folder / "native"
+    native.mkdir(exist_ok=True)
+    shutil.copy(found(root, f"usr/lib/{libraries.name}/jni/libnetty-tcnative.so"), native / "libnetty_tcnative.so")
+    natives = f"-Djava.library.path={native}"
+    write_run(folder, "java", natives, "-cp", path, "Example", SERVICE_CONFIG=CONFIG, LD_LIBRARY_PATH=libraries)
+
+
+LANGUAGES: dict[str, Callable[[Path], None]] = {
+    "node": build_node,
+    "cpp": build_cpp,
+    "go": build_go,
+    "java": build_java,
+}
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ LENGTHS, NUM_STEPS, BAD_STEP = (5, 2, 9), 6, 3
 Values = dict[tuple[int, ...], list[float]]
 
 
-@pytest.fixture(params=["node", "cpp", "go"])
+@pytest.fixture(params=["node", "cpp", "go", "java"])
 def program(request: pytest.FixtureRequest) -> Path:
     """The built example of a language."""
     folder = BUILT / request.param
