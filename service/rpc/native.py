@@ -167,6 +167,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
                     except TimeoutError:
                         made = None
                     if ends_at is not None and clock() >= ends_at:
+                        lane.tally.count_rejected(DeadlineExpired.reason)
                         raise DeadlineExpired(f"not all was made within the request's timeout, {timeout_s:g} s")
                     if made is None:
                         return

@@ -190,7 +190,7 @@ class Desk:
     ) -> None:
         """Generate: in parts as they are made, or in one answer, as the request's call can take it."""
         request_id, ends, rows = inference.id.decode(), set[int](), Rows(asked)
-        async with _limit(options), aclosing(generate(self._engine, making.lane, asked)) as parts:
+        async with _limit(options, making.lane), aclosing(generate(self._engine, making.lane, asked)) as parts:
             async for made in parts:
                 answered_at = time.perf_counter()
                 ends.update(end.sequence for end in made.ends)
@@ -210,7 +210,7 @@ class Desk:
     async def _run(
         self, lane: Lane, sequences: Sequences, given: Given, options: Options, inference: Inference
     ) -> None:
-        async with _limit(options):
+        async with _limit(options, lane):
             prediction = await self._engine.predict(lane, sequences)
         current().steps_out += int(given.all_lengths.sum())
         inference.answer(given, prediction)
@@ -226,12 +226,13 @@ class Desk:
 
 
 @asynccontextmanager
-async def _limit(options: Options) -> AsyncIterator[None]:
+async def _limit(options: Options, lane: Lane) -> AsyncIterator[None]:
     """Give what is done within the request's timeout. Raises DeadlineExpired."""
     try:
         async with asyncio.timeout(None if options.timeout_s == NEVER else options.timeout_s):
             yield
     except TimeoutError:
+        lane.tally.count_rejected(DeadlineExpired.reason)
         raise DeadlineExpired(f"no answer within the request's timeout, {options.timeout_s:g} s") from None
 
 
