@@ -102,6 +102,20 @@ def test_counts_are_those_of_what_was_sent(repository: Path) -> None:
     assert idle.of("process_cpu_seconds_total") <= page.of("process_cpu_seconds_total")
 
 
+def test_a_request_waits_until_its_first_run_and_lasts_until_its_last(repository: Path) -> None:
+    lane = lane_maker(repository)("lstm", max_chunk_steps=8)
+    client = Client(lane)
+    client.open()
+    client.send({0: steps(1, 20)}, now=1.0)
+    lane.flush()
+    for number in range(3):
+        run = lane.next_run(2.0 + number)
+        lane.complete(run, run.execute(), 2.5 + number, 0.25)
+    assert (lane.tally.queue_durations.count, lane.tally.queue_durations.sum) == (1, 1.25)
+    assert (lane.tally.request_durations.count, lane.tally.request_durations.sum) == (1, 3.5)
+    assert (lane.tally.run_durations.count, lane.tally.run_seconds) == (3, 0.75)
+
+
 def test_pages_of_workers_add_up(repository: Path) -> None:
     (x,) = sequences(7, 1, 9, 9)
     pages = []
