@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
@@ -24,7 +25,8 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 )
-VOWELS, WHOLE, NAMES, CONTEXTUAL, WIDE = "vowels/1", "whole/1", "names/1", "contextual/1", "wide/1"
+VOWELS, WHOLE, NAMES, CONTEXTUAL, WIDE, VAD = (*("vowels/1", "whole/1", "names/1", "contextual/1", "wide/1", "vad/1"),)
+SPEECH = Path(__file__).parent.parent / "data" / "speech.npz"
 
 
 class Visit:
@@ -106,11 +108,11 @@ class Visit:
                 rows += [list(numbers[at : at + width]) for at in range(0, len(numbers), width)]
         return rows
 
-    def result(self, **more: object) -> dict:
+    def result(self, *, width: int = 12, **more: object) -> dict:
         return {
             "plotted": self.plotted(),
             "csv": self.downloaded(),
-            "sent": self.rows_sent(12),
+            "sent": self.rows_sent(width),
             "leading": self.page.inner_text("#leading"),
             "steps": self.page.inner_text("#fact-steps"),
             "error": self.error,
@@ -319,6 +321,26 @@ def wide(visit: Visit) -> dict:
     return visit.result(legend=page.locator("#input-legend li").all_inner_texts())
 
 
+def signal(visit: Visit) -> dict:
+    """Speech as samples, a chunk a step; and a curve that is stretched over the samples of its steps."""
+    page = visit.page
+    visit.choose(VAD)
+    visit.fast()
+    with np.load(SPEECH) as clip:
+        samples = clip["samples"].astype(np.float32) / 32768
+    text = "\n".join(map(repr, samples.tolist()))
+    page.set_input_files("#csv-file", {"name": "speech.csv", "mimeType": "text/csv", "buffer": text.encode()})
+    page.locator("#csv[placeholder^=speech]").wait_for()
+    visit.run()
+    found = visit.result(note=page.get_attribute("#csv", "placeholder"), width=512)
+    visit.sent.clear()
+    visit.source("draw")
+    page.fill("#draw-steps", "3")
+    page.locator('[data-shape="ramp"]').click()
+    visit.run()
+    return {**found, "drawn": visit.rows_sent(512), "drawn_csv": visit.downloaded()}
+
+
 def models(visit: Visit) -> dict:
     item = visit.page.locator('[data-key="vowels/1"]')
     item.locator("summary").press("Enter")
@@ -395,6 +417,7 @@ PARTS = {
     "generate": (generate, {}),
     "contextual": (contextual, {}),
     "wide": (wide, {}),
+    "signal": (signal, {}),
     "models": (models, {}),
     "theme_light": (theme, {"color_scheme": "light"}),
     "theme_dark": (theme, {"color_scheme": "dark"}),

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
+from importlib.resources import as_file, files
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from benchmarks.processes import rnnserve
 from models import tasks
 from models.export import export_run
 from models.train import train
+from service.adoptcli import adopt
 from service.client import Client
 from tests.compat.conftest import BIN, HERE
 from tests.generating import WORDS, contextual, save, tokens
 from tests.onnx_models import build
 
 PARTS = ("example", "csv", "draw_by_pointer", "draw_by_keys", "keyboard_alone", "whole")
+SPEECH = HERE.parent / "data" / "speech.npz"
 CHROMIUM = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 HALF_PIXEL = 0.5 / (260 - 34)
 """Of the chart's height, between its margins."""
@@ -42,6 +47,10 @@ def server(tmp_path_factory):
     save(tokens(7), root, "names")
     save(contextual(), root, "contextual")
     build("gru", features=512, outputs=20).save(root, "wide")
+    with as_file(files("silero_vad.data") / "silero_vad.onnx") as file:
+        options = ("--constant", "sr=16000", "--chunk", "512", "--context", "64")
+        done = CliRunner().invoke(adopt, [str(file), "--repository", str(root), "--name", "vad", *options])
+    assert done.exit_code == 0, done.output
     with rnnserve(root) as process:
         yield process
 
@@ -214,10 +223,29 @@ def test_a_step_may_have_many_values(found, client):
     assert result["legend"][-1] == "and 500 more"
 
 
+def test_a_signal_is_cut_into_chunks(found, client):
+    """Real speech through a model that nobody here made."""
+    result = found["signal"]
+    with np.load(SPEECH) as clip:
+        samples = clip["samples"].astype(np.float32) / 32768
+    count = len(samples) // 512
+    chunks = samples[: count * 512].reshape(count, 512)
+    np.testing.assert_array_equal(np.array(result["sent"], np.float32), chunks)
+    expected = streamed(client, chunks, "vad")
+    _, values = saved(result["csv"])
+    np.testing.assert_array_equal(values, expected)
+    assert expected.max() > 0.9
+    assert re.fullmatch(r"speech\.csv, [\d,]+ KiB, is ready to be sent\.", result["note"])
+    assert result["error"] == f"The last {len(samples) % 512} samples are no whole chunk, and are left out."
+    drawn = np.array(result["drawn"], np.float32)
+    np.testing.assert_allclose(drawn.ravel(), np.linspace(-0.9, 0.9, 3 * 512), atol=1e-6)
+    np.testing.assert_array_equal(saved(result["drawn_csv"])[1], streamed(client, drawn, "vad"))
+
+
 def test_a_model_says_all_of_itself(found, client):
     info = client.model("vowels")
     result = found["models"]
-    assert result["list"] == [f"{name} version 1" for name in ("contextual", "names", "vowels", "whole", "wide")]
+    assert result["list"] == [f"{name} version 1" for name in ("contextual", "names", "vad", "vowels", "whole", "wide")]
     for text in (
         info.digest,
         info.step_mode_reason,

@@ -80,12 +80,15 @@ export class ModelList {
     const { training, parity } = spec;
     const facts = [
       ["Layers", layersOf(model)],
-      ["Parameters", `${count(model.num_parameters)} in ${count(model.num_bytes / 1024)} KiB`],
+      ["Size", `${model.num_parameters ? `${count(model.num_parameters)} parameters in ` : ""}${count(model.num_bytes / 1024)} KiB`],
       ["Trained on", training.data_set + (training.license ? ` (${training.license})` : "")],
       ["Step mode", `${model.step_mode}: ${model.step_mode_reason}`],
       ["In a batch", `${model.exactness.verdict}: ${model.exactness.detail}`],
       ["Runs on", model.placement],
-      ["Against the trainer", `largest difference ${format(parity.max_abs_error)} in ${parity.num_cases} cases`],
+      [
+        "Against the trainer",
+        parity.num_cases ? `largest difference ${format(parity.max_abs_error)} in ${parity.num_cases} cases` : "not compared",
+      ],
       ["SHA-256", h("code", {}, model.digest), "wide"],
     ];
     if (spec.quantization) facts.splice(2, 0, ["Quantized", spec.quantization.mode ?? "8-bit weights"]);
@@ -109,8 +112,8 @@ export class ModelList {
   }
 }
 
-function layersOf({ layers, cell }) {
-  return layers.map((each) => `${each.directions === 2 ? "bi" : ""}${each.cell} ${each.hidden}`).join(" + ") || cell;
+function layersOf({ layers, task }) {
+  return layers.map((each) => `${each.directions === 2 ? "bi" : ""}${each.cell} ${each.hidden}`).join(" + ") || task; // nothing is known of the layers of a model from elsewhere
 }
 
 function shape(tensor) {

@@ -2,14 +2,15 @@
 
 import { get } from "./api.js";
 import { LineChart } from "./chart.js";
-import { exact, format } from "./codec.js";
+import { count, exact, format } from "./codec.js";
 import { InputError, columnsOf, isId, isText, readCsv, readText, rowsOf, writeCsv } from "./columns.js";
-import { $, fill, h, say } from "./dom.js";
 import { ContextFields } from "./contexts.js";
+import { $, fill, h, say } from "./dom.js";
 import { Curve } from "./draw.js";
 import { GenerateForm } from "./generate.js";
 import { Legend } from "./legend.js";
 import { Results } from "./results.js";
+import { chunkOf, readSignal, stretch } from "./signal.js";
 import { Stepping } from "./stepping.js";
 
 const MODES = {
@@ -19,6 +20,8 @@ const MODES = {
   generative: "Makes its outputs one after another.",
 };
 const RATES = 60;
+const LARGEST_FILE = 16 << 20;
+const LONGEST_SHOWN = 1 << 18;
 
 export class TryIt {
   constructor() {
@@ -116,6 +119,7 @@ export class TryIt {
     const [graph] = spec.graphs;
     this.inputs = graph.inputs.filter(({ layout }) => layout === "per_step");
     this.columns = columnsOf(this.inputs);
+    this.chunk = chunkOf(this.model, this.inputs, this.columns);
     this.given = new ContextFields(graph.inputs.filter(({ layout }) => layout === "per_sequence"), "given");
     $("given").replaceChildren(...this.given.parts);
     $("given").hidden = !this.given.parts.length;
@@ -126,15 +130,22 @@ export class TryIt {
     this.offer("text", isText(this.columns));
     const drawable = this.columns.map((column, index) => ({ column, index })).filter(({ column }) => !isId(column));
     this.offer("draw", drawable.length > 0);
-    fill($("draw-feature"), drawable.map(({ column, index }) => ({ value: String(index), text: named(column) })));
-    $("draw-others-field").hidden = this.columns.length < 2;
-    const names = this.columns.map(({ name }) => name);
-    const shown = names.length > 8 ? `${names.slice(0, 6).join(", ")}, … ${names.at(-1)}` : names.join(", ");
-    say($("csv-note"), `${names.length} ${names.length === 1 ? "column" : "columns"}: ${shown}. A header is optional. Ctrl+Enter starts.`);
-    $("csv").value = "";
+    const signal = [{ value: "0", text: this.inputs[0].name }];
+    fill($("draw-feature"), this.chunk ? signal : drawable.map(({ column, index }) => ({ value: String(index), text: named(column) })));
+    $("draw-others-field").hidden = this.columns.length < 2 || this.chunk > 0;
+    say($("csv-note"), `${this.takes()} A header is optional. Ctrl+Enter starts.`);
+    this.setCsv("");
     $("text").value = "";
     this.fitRange();
     this.showSource();
+  }
+
+  /** What the columns of a CSV are. */
+  takes() {
+    const names = this.columns.map(({ name }) => name);
+    if (this.chunk) return `One column of samples, ${this.chunk} a step; or the ${this.chunk} of a step in a row.`;
+    const shown = names.length > 8 ? `${names.slice(0, 6).join(", ")}, … ${names.at(-1)}` : names.join(", ");
+    return `${names.length} ${names.length === 1 ? "column" : "columns"}: ${shown}.`;
   }
 
   offer(source, isThere) {
@@ -157,6 +168,10 @@ export class TryIt {
     if (this.source === "example" && !this.run) this.preview(example.rows);
   }
 
+  get csv() {
+    return $("csv").value || this.file || "";
+  }
+
   get example() {
     return this.examples[Number($("example").value)] || this.examples[0];
   }
@@ -177,6 +192,12 @@ export class TryIt {
       $("input-tokens").replaceChildren(
         ...rows.slice(0, 400).map((row) => h("span", {}, row.map((id, at) => word(id, this.columns[at])).join(" "))),
       );
+      return;
+    }
+    if (this.chunk) {
+      this.input.reset([{ name: this.inputs[0].name, color: 0 }], { steps: rows.length, unit: this.inputs[0].unit });
+      rows.forEach((row, step) => row.forEach((sample, at) => this.input.push([sample], step + at / this.chunk)));
+      this.inputLegend.show(1);
       return;
     }
     const shown = this.columns.map((column, index) => ({ column, index })).filter(({ column }) => !isId(column)).slice(0, 12);
@@ -212,27 +233,44 @@ export class TryIt {
     if (!this.example) return;
     const cell = (value, { categories }) => categories[value] || exact(value);
     const rows = this.example.rows.map((row) => row.map((value, at) => cell(value, this.columns[at])));
-    $("csv").value = writeCsv(this.columns.map(({ name }) => name), rows);
+    this.setCsv(writeCsv(this.columns.map(({ name }) => name), rows), this.example.name);
   }
 
   async readFile(input) {
     const [file] = input.files;
     if (!file) return;
-    if (file.size > 8 << 20) this.results.fail(`${file.name} is larger than 8 MiB: use rnnserve stream for it.`);
-    else $("csv").value = await file.text();
+    if (file.size > LARGEST_FILE) this.results.fail(`${file.name} is larger than 16 MiB: use rnnserve stream for it.`);
+    else this.setCsv(await file.text(), file.name);
     input.value = "";
+  }
+
+  /** Take a CSV: a long one beside the field, which would take seconds to show it. */
+  setCsv(text, name = "") {
+    const isLong = text.length > LONGEST_SHOWN;
+    this.file = isLong ? text : null;
+    $("csv").value = isLong ? "" : text;
+    $("csv").placeholder = isLong ? `${name}, ${count(text.length / 1024)} KiB, is ready to be sent.` : "";
   }
 
   /** What is to be sent, by the source that is chosen. */
   rows() {
     const { source } = this;
-    if (source === "csv") return readCsv($("csv").value, this.columns);
+    if (source === "csv" && this.chunk) return this.signal();
+    if (source === "csv") return readCsv(this.csv, this.columns);
     if (source === "text") return readText($("text").value, this.columns);
     if (source === "draw") return this.drawn();
     return this.example.rows;
   }
 
+  signal() {
+    const { rows, rest } = readSignal(this.csv, this.columns, this.chunk);
+    if (!rows.length) throw new InputError(`${rest} samples are no whole chunk, which has ${this.chunk}.`);
+    this.remark = rest ? `The last ${rest} samples are no whole chunk, and are left out.` : "";
+    return rows;
+  }
+
   drawn() {
+    if (this.chunk) return stretch(this.curve.values, this.chunk);
     const at = Number($("draw-feature").value);
     const others = $("draw-others").value;
     const base = this.example?.rows || [this.columns.map(() => 0)];
@@ -250,6 +288,7 @@ export class TryIt {
       return;
     }
     let rows;
+    this.remark = "";
     try {
       rows = this.rows();
     } catch (error) {
@@ -258,6 +297,7 @@ export class TryIt {
       return;
     }
     this.preview(rows);
+    this.results.fail(this.remark);
     this.reveal();
     const chips = $("input-tokens").children;
     this.begin((on) => {
