@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 from service.client.cli import main
 from service.config import PREFIX
-from service.doctor import providers
+from service.doctor import providers, trial
 from service.doctor.findings import Finding, Level
 from service.doctor.machine import Machine
 from tests.onnx_models import build
@@ -85,23 +85,23 @@ def test_advice_is_never_missing():
 
 
 def test_the_model_that_providers_run_is_an_lstm_of_ones():
-    model = onnx.load_from_string(providers.MODEL)
+    model = onnx.load_from_string(trial.MODEL)
     onnx.checker.check_model(model)
     assert [node.op_type for node in model.graph.node] == ["LSTM"]
     assert [numpy_helper.to_array(each).tolist() for each in model.graph.initializer] == [[[[1.0]] * 4]] * 2
     gate = 1 / (1 + math.exp(-1))
-    assert math.isclose(gate * math.tanh(gate * math.tanh(1)), providers.EXPECTED, rel_tol=1e-6)
+    assert math.isclose(gate * math.tanh(gate * math.tanh(1)), trial.EXPECTED, rel_tol=1e-6)
 
 
 def test_a_provider_that_leaves_the_work_to_the_cpu_does_not_work():
-    assert providers.run_on(ort, "CPUExecutionProvider") == ""
+    assert trial.run_on(ort, "CPUExecutionProvider") == ""
     if "AzureExecutionProvider" in ort.get_available_providers():
-        assert "CPU EP" in providers.run_on(ort, "AzureExecutionProvider")
+        assert "CPU EP" in trial.run_on(ort, "AzureExecutionProvider")
 
 
 def test_a_provider_that_computes_something_else_does_not_work(monkeypatch):
-    monkeypatch.setattr(providers, "EXPECTED", 0.5)
-    assert providers.run_on(ort, "CPUExecutionProvider").startswith("it computed 0.369")
+    monkeypatch.setattr(trial, "EXPECTED", 0.5)
+    assert trial.run_on(ort, "CPUExecutionProvider").startswith("it computed 0.369")
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="this onnxruntime has CUDA")
@@ -120,9 +120,32 @@ def test_cuda_is_a_problem_if_it_is_asked_for_alone(repository):
 
 def test_a_library_that_cuda_lacks_is_named(tmp_path):
     library = tmp_path / "libonnxruntime_providers_cuda.so"
-    assert providers._missing_library(library) == ""
+    assert trial.missing_library(library) == ""
     library.write_bytes(b"not a library")
-    assert str(library) in providers._missing_library(library)
+    assert str(library) in trial.missing_library(library)
+
+
+CPU_WORKS, CUDA_FAILS = (trial.CPU, ""), (trial.CUDA, "no kernel image is available")
+LIBRARY = "libcudnn.so.9: cannot open shared object file: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("faults", "library", "driver", "level", "words", "advice"),
+    [
+        ((CPU_WORKS,), "", "", "problem", "a build without it", "pip install 'rnnserve[gpu]'"),
+        ((CPU_WORKS, CUDA_FAILS), LIBRARY, "", "problem", f"can't work: {LIBRARY}", "brings CUDA's libraries"),
+        ((CPU_WORKS, CUDA_FAILS), LIBRARY, "no driver", "problem", f"no driver; {LIBRARY}", "--gpus all"),
+        ((CPU_WORKS, CUDA_FAILS), "", "", "problem", "no kernel image is available", "nvidia-smi"),
+        ((CPU_WORKS, (trial.CUDA, "")), "", "", "ok", "it ran an LSTM", ""),
+    ],
+)
+def test_what_keeps_cuda_from_working_is_told_with_what_to_do(faults, library, driver, level, words, advice):
+    runtime = trial.Runtime(True, "1.32.0", faults, library)
+    found = providers.judge_cuda(runtime, driver, is_asked=True, falls_back=False)
+    assert (found.level, words in found.text, advice in found.advice) == (level, True, True), found
+    if level != "ok":
+        assert providers.judge_cuda(runtime, driver, is_asked=True, falls_back=True).level == "warning"
+        assert providers.judge_cuda(runtime, driver, is_asked=False, falls_back=False).level == "note"
 
 
 # Packages
@@ -189,6 +212,19 @@ def test_an_onnxruntime_that_can_not_be_loaded_is_told_with_the_reason(without, 
     code, found = without(("onnxruntime",), "--repository", repository, files=broken)
     assert code == 1
     assert "libonnxruntime.so.1: cannot open shared object file" in found["onnxruntime"]["text"]
+
+
+def test_an_onnxruntime_that_crashes_is_told_of(without, repository):
+    code, found = without(("onnxruntime",), files={"onnxruntime/__init__.py": "import os; os.abort()"})
+    assert (code, found["onnxruntime"]["level"]) == (0, "note")
+    assert "ended with status -6" in found["onnxruntime"]["text"]
+
+
+def test_what_onnxruntime_says_does_not_get_between(without):
+    loud = {"onnxruntime/__init__.py": "import os; print('loud'); os.write(1, b'louder'); raise ImportError('x')"}
+    code, found = without(("onnxruntime",), "--provider", "cpu", files=loud)
+    assert code == 1
+    assert found["onnxruntime"]["text"].endswith("does not work: x")
 
 
 def test_without_grpc_it_still_looks_at_the_rest(without):

@@ -38,7 +38,6 @@ def server_options(settings: Settings, *, shares_port: bool) -> list[tuple[str, 
             settings.keepalive_timeout_s
         ),  # what counts where the peer says nothing at all
         "grpc.keepalive_permit_without_calls": int(settings.idle_pings),
-        "grpc.http2.max_pings_without_data": 0,  # or a silent stream would be checked twice, and no more
         "grpc.http2.min_ping_interval_without_data_ms": int(settings.min_ping_interval_s * 1000),
         "grpc.max_connection_age_ms": _ms(settings.max_connection_age_s),
         "grpc.max_connection_age_grace_ms": int(settings.max_connection_age_grace_s * 1000),
