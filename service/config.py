@@ -173,6 +173,9 @@ class Settings(BaseSettings):
     """How log lines are written: as text, or each as one object of JSON."""
     access_log: Literal["off", "calls", "sessions"] = "off"
     """Log a line for each call that has ended, of gRPC and of HTTP; or for each live session that has ended too."""
+    otlp_endpoint: str = ""
+    """URL of an OpenTelemetry collector that traces are sent to, such as http://localhost:4317; empty leaves it to
+    OpenTelemetry's own variables, and without them there are no traces. Needs rnnserve[otel]."""
 
 
 def _repository_of(given: Any) -> Any:

@@ -23,6 +23,7 @@ from service.beams import BeamSearch
 from service.entries import queue_full
 from service.errors import Exhausted, RunFailed, ServiceError
 from service.events import Answer, Event, Link, StepsFailed
+from service.facts import current
 from service.generation import ENTRY_BYTES, End, FinishReason, Made, Request
 from service.lane import Lane
 from service.predict import open_sequences
@@ -74,7 +75,9 @@ class Decoding(ABC):
         outputs = request.outputs
         if generation.token_input:
             outputs = [[t.name for t in lane.graph.outputs].index(generation.scores_output)]
-        self.link = Link(self._take, outputs, emit_last=bool(generation.token_input), is_predicting=True)
+        self.link = Link(
+            self._take, outputs, emit_last=bool(generation.token_input), is_predicting=True, trace=current().trace
+        )
 
     # ---- as predict.Call --------------------------------------------------------------------------------------------
 
@@ -164,7 +167,11 @@ class Decoding(ABC):
         for (session, _), length in zip(held, lengths, strict=True):
             session.expected += length
         starts = [0, *accumulate(lengths)][:-1]
-        self.lane.scheduler.submit([session.slot for session, _ in held], lengths, starts, payload)
+        arrived = None
+        if self.link.trace is not None:  # the first entries have waited as long as the call has
+            arrived = [0.0 if session.applied else self.arrived_at for session, _ in held]
+        slots = [session.slot for session, _ in held]
+        self.lane.scheduler.submit(slots, lengths, starts, payload, arrived=arrived)
 
     def _end(self, sessions: list[Session]) -> None:
         """A sequence is over: its slots are free at once."""

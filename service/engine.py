@@ -26,10 +26,12 @@ from service.lane import Lane
 from service.policies import LeastServed
 from service.predict import Call, CallLine, PredictCall, Prediction, Sequences
 from service.runs import Run
+from service.scheduler import Batch
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 
+Watch = Callable[[Lane, express.Express | Batch, float, float], None]
 EXPIRY_TICK_S = 0.25
 _UNKNOWN = float("inf")
 UNWATCHED = 4
@@ -60,6 +62,8 @@ class Engine:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rnnserve-run")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.TimerHandle | None = None
+        self.watch: Watch | None = None
+        """Is told of every run before its results are handed out: (lane, work, when it ended, its seconds)."""
         self._context = Context()
         """Of runs, which are no call's own: else they would be made in that of whoever woke the engine."""
 
@@ -286,7 +290,10 @@ class Engine:
         self._learn(key, seconds)
         lane.attained_s += seconds
         try:
-            express.arrive(boarded, outputs, self.clock(), seconds)
+            now = self.clock()
+            if self.watch is not None:
+                self.watch(lane, boarded, now, seconds)
+            express.arrive(boarded, outputs, now, seconds)
         except Exception:
             log.exception("a bug in taking the results of a run of %s", lane.name, extra=lane.about)
         if self._busy():
@@ -326,6 +333,8 @@ class Engine:
             else:
                 lane.attained_s += outcome.seconds
                 self._learn(job.key, outcome.seconds)
+                if self.watch is not None:
+                    self.watch(lane, job.run.batch, now, outcome.seconds)
                 lane.complete(job.run, outcome.outputs, now, outcome.seconds)
         except Exception:
             log.exception("a bug in taking the results of a run of %s", lane.name, extra=lane.about)

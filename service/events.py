@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from service.crews import Crew
 from service.errors import ServiceError
+from service.facts import Trace
 from service.sessions import Session, SessionState
 
 Array = npt.NDArray[Any]
@@ -84,6 +85,8 @@ class Link:
     """Grows whenever `sessions` changes."""
     crew: Crew | None = None
     """Sessions that are together, if any are."""
+    trace: Trace | None = None
+    """Of the call that it is for, if that is recorded."""
     name: str = ""
     """Of its one session, where the terms of that don't say."""
     is_gone: bool = False

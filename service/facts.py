@@ -81,6 +81,11 @@ class CallFacts:
             self._request_id = secrets.token_hex(8)
         return self._request_id
 
+    def note(self, event: str, **attributes: str | int | float) -> None:
+        """Take down in its trace, if that is recorded, that something happened just now."""
+        if self.trace is not None:
+            self.trace.note(event, **attributes)
+
     def serve(self, model: str, version: int) -> None:
         """Learn which model version it is for."""
         self.model = model

@@ -32,16 +32,18 @@ async def generate(engine: Engine, lane: Lane, request: Request) -> AsyncGenerat
     engine.check_open()
     facts = current()
     facts.num_sequences += request.num
-    meter = _Meter(lane.tally, request.num, engine.clock())
+    began_at = engine.clock()
+    meter = _Meter(lane.tally, request.num, began_at)
     with engine.holding(lane):  # between its encoder and its decoder nothing else tells that it is used
         states, constants = await _begin(engine, lane, request)
         with lane.tally.refusals():
             decoding = _decoding(lane, request, states, constants)
         with engine.queued(lane, decoding):
             while (made := await decoding.take()) is not None:
-                meter.take(made, engine.clock())
-                if facts.trace is not None and not facts.steps_out:
-                    facts.trace.note("first output")
+                now = engine.clock()
+                meter.take(made, now)
+                if not facts.steps_out:
+                    facts.note("first output", seconds=now - began_at)
                 facts.steps_out += sum(made.lengths)
                 yield made
                 decoding.resume()

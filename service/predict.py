@@ -15,6 +15,7 @@ from models.spec import Layout
 from service.entries import queue_full
 from service.errors import TooLong
 from service.events import Answer, Closed, Event, Link, StepsFailed
+from service.facts import current
 from service.inputs import bad_rows, bad_value
 from service.lane import Lane
 from service.policies import Priority, Turns
@@ -95,6 +96,7 @@ class PredictCall:
             emit_last=sequences.emit_last,
             wants_states=sequences.return_state,
             is_predicting=True,
+            trace=current().trace,
         )
         self.priority = sequences.priority
         self.width = 1

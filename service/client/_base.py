@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,13 +68,24 @@ class ClientBase:
             compression=compression,
             options=options,
         )
-        self._metadata = (*metadata, *self._settings.metadata())
+        self._given_metadata = (*metadata, *self._settings.metadata())
         self._resume_timeout_s = resume_timeout_s
         self._infos: dict[tuple[str, int], ModelInfo] = {}
         self._prepare()
 
     def _prepare(self) -> None:
         """Make what the kind of client needs."""
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with a call: what was given, and the caller's place in its trace, if it uses OpenTelemetry."""
+        if "opentelemetry.trace" not in sys.modules:
+            return self._given_metadata
+        from opentelemetry import propagate
+
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier)
+        return (*self._given_metadata, *((name.lower(), value) for name, value in carrier.items()))
 
     @property
     def target(self) -> str:

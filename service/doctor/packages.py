@@ -19,6 +19,7 @@ NOT_RUNTIME = {"onnxruntime-extensions", "onnxruntime-genai", "onnxruntime-tools
 WHAT_FOR = {
     "train": "to train, export and import models",
     "tensorboard": "for rnnserve train --tensorboard",
+    "otel": "for traces, rnnserve serve --otlp-endpoint",
 }
 """Extras that are offered where they are missing; cpu and gpu are told of by the module that they share."""
 

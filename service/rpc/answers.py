@@ -18,6 +18,7 @@ from service.events import Answer
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc.codec import TensorPlan, empty_tensor, row_bytes_of
 from service.rpc.repeat import varint
+from service.sessions import SessionState
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +28,11 @@ MAX_EVENTS = 1024
 """Most events in a message that is cut."""
 ENTRY_BYTES = 16
 """What an entry's columns take in a message, roughly."""
+CLOSE_REASONS = {
+    SessionState.CLOSED: pb.CLOSE_REASON_CLIENT,
+    SessionState.EXPIRED: pb.CLOSE_REASON_EXPIRED,
+    SessionState.FAILED: pb.CLOSE_REASON_FAILED,
+}
 EVENT_BYTES = 256
 """What an event takes in a message, roughly."""
 

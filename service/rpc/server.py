@@ -25,6 +25,7 @@ from service.rpc.interceptors import ErrorInterceptor, SeeingInterceptor
 from service.rpc.native import SERVICE_NAME, SequenceServicer
 from service.rpc.oip.servicer import SERVICE_NAME as INFERENCE_NAME
 from service.rpc.oip.servicer import InferenceServicer
+from service.rpc.otel import tracing_of
 from service.rpc.peers import Peer, Place
 from service.rpc.transport import ConnectionAges, add_diagnostics, server_options
 from service.rpc.websocket import Sockets
@@ -71,7 +72,11 @@ class Server:
         self.catalog.retirer.keepers = (self._native.forget, self._inference.desk.forget)
         self._sockets = Sockets(self._native, settings.max_message_bytes)
         self._calls = CallTally()
+        self._tracing = tracing_of(settings, None if place is None else place.index)
         self._observers: list[CallObserver] = [] if settings.access_log == "off" else [AccessLog()]
+        if self._tracing is not None:
+            self._observers.append(self._tracing)
+            self.engine.watch = self._tracing.ran
         self._grpc: grpc.aio.Server | None = None
         self._http: web.AppRunner | None = None
 
@@ -96,6 +101,8 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         add_diagnostics(self._grpc, self.settings, (SERVICE_NAME, INFERENCE_NAME, health.SERVICE_NAME))
         self.port = self._bind(self._grpc)
+        if self._tracing is not None:
+            self._tracing.listen(self.port)
         self.engine.start()
         await self._start_http()
         await self._grpc.start()
@@ -124,6 +131,8 @@ class Server:
         if self._handoff is not None:
             await self._handoff.close()
         self.engine.stop()
+        if self._tracing is not None:
+            await self._tracing.close()
         if self._store is not None:
             self._store.close()
         self._storage.close()

@@ -21,7 +21,7 @@ from service.errors import Exhausted, InvalidInput, ServiceError, SessionNotFoun
 from service.events import Answer, Event, Link, Steps, StepsFailed
 from service.facts import current
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
-from service.rpc.answers import EVENT_BYTES, AnswerWriter, drain_message
+from service.rpc.answers import CLOSE_REASONS, EVENT_BYTES, AnswerWriter, drain_message
 from service.rpc.codec import STEP_MODES, LanePlan
 from service.rpc.handoff import Mover
 from service.rpc.repeat import Repeat, learn
@@ -37,11 +37,6 @@ HELD_ROWS = 64
 """Answers to a part of what came in one message wait for more of it, until there are so many."""
 CHECK_STEPS = 1024
 """Steps that are taken between two looks for room, at most."""
-_REASONS = {
-    SessionState.CLOSED: pb.CLOSE_REASON_CLIENT,
-    SessionState.EXPIRED: pb.CLOSE_REASON_EXPIRED,
-    SessionState.FAILED: pb.CLOSE_REASON_FAILED,
-}
 
 
 class Stream:
@@ -62,9 +57,10 @@ class Stream:
         self.held: tuple[pb.StreamFrame, bytes] | None = None
         """A frame, and its message, that `take` has put off for `take_held`."""
         self._writer = AnswerWriter([plan.output_plans[index] for index in opening.outputs])
-        self._link = Link(self._on_event, opening.outputs, emit_last=opening.emit_last)
-        engine.attach(self._link)
         self._facts = current()
+        trace = self._facts.trace
+        self._link = Link(self._on_event, opening.outputs, emit_last=opening.emit_last, trace=trace)
+        engine.attach(self._link)
         self._facts.serve(lane.name, lane.version)
         self._waiting: list[bytes] = []
         self._events = pb.StreamAnswer()
@@ -230,6 +226,7 @@ class Stream:
         except ServiceError as error:
             link.num_opened = handle + 1
             return pb.SessionOpened(handle=handle, session_id=terms.session_id, status=status_of(error))
+        self._facts.note("session opened", handle=handle, session_id=terms.session_id)
         return pb.SessionOpened(handle=handle, session_id=terms.session_id, position=position, resumed=was_live)
 
     def _close(self, handle: int) -> None:
@@ -376,8 +373,9 @@ class Stream:
             )
             self._count_event()
         elif event.state is not SessionState.OPEN:
-            reason = pb.CLOSE_REASON_TAKEN_OVER if event.is_taken_over else _REASONS[event.state]
+            reason = pb.CLOSE_REASON_TAKEN_OVER if event.is_taken_over else CLOSE_REASONS[event.state]
             self._events.closed.add(handle=event.handle, position=event.position, reason=reason)
+            self._facts.note("session closed", handle=event.handle, steps=event.position)
             self._count_event()
         self._wake()
 

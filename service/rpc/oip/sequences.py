@@ -18,6 +18,7 @@ from collections.abc import Callable
 from service.engine import Engine
 from service.errors import ServiceError, SessionNotFound, Unavailable
 from service.events import NEVER, Answer, Event, Link, Steps, StepsFailed
+from service.facts import current
 from service.rpc.oip.inference import Inference
 from service.rpc.oip.options import Options
 from service.rpc.oip.tensors import Given, InferPlan
@@ -78,6 +79,8 @@ class Sequence:
         self._sent += num_steps
         self.is_ending = options.is_end
         self._line.append(inference)
+        if engine.watch is not None:
+            self._link.trace = current().trace
         engine.submit(self.plan.lane, steps)
 
     def end(self, cause: Cause = Cause.CLOSED) -> None:
