@@ -235,7 +235,7 @@ def test_a_signal_is_cut_into_chunks(found, client):
     _, values = saved(result["csv"])
     np.testing.assert_array_equal(values, expected)
     assert expected.max() > 0.9
-    assert re.fullmatch(r"speech\.csv, [\d,]+ KiB, is ready to be sent\.", result["note"])
+    assert re.fullmatch(r"speech\.csv: [\d,]+ KiB, ready", result["note"])
     assert result["error"] == f"The last {len(samples) % 512} samples are no whole chunk, and are left out."
     drawn = np.array(result["drawn"], np.float32)
     np.testing.assert_allclose(drawn.ravel(), np.linspace(-0.9, 0.9, 3 * 512), atol=1e-6)

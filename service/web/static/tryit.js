@@ -127,6 +127,7 @@ export class TryIt {
     fill($("example"), this.examples.map(({ name }, index) => ({ value: String(index), text: name })));
     $("example").value = "0";
     this.offer("example", this.examples.length > 0);
+    $("csv-fill").hidden = !this.examples.length;
     this.offer("text", isText(this.columns));
     const drawable = this.columns.map((column, index) => ({ column, index })).filter(({ column }) => !isId(column));
     this.offer("draw", drawable.length > 0);
@@ -249,7 +250,7 @@ export class TryIt {
     const isLong = text.length > LONGEST_SHOWN;
     this.file = isLong ? text : null;
     $("csv").value = isLong ? "" : text;
-    $("csv").placeholder = isLong ? `${name}, ${count(text.length / 1024)} KiB, is ready to be sent.` : "";
+    $("csv").placeholder = isLong ? `${name}: ${count(text.length / 1024)} KiB, ready` : "";
   }
 
   /** What is to be sent, by the source that is chosen. */
