@@ -34,9 +34,8 @@ def server_options(settings: Settings, *, shares_port: bool) -> list[tuple[str, 
         "grpc.absolute_max_metadata_size": settings.max_metadata_bytes,
         "grpc.keepalive_time_ms": _ms(settings.keepalive_s),
         "grpc.keepalive_timeout_ms": _ms(settings.keepalive_timeout_s),
-        "grpc.http2.ping_timeout_ms": _ms(
-            settings.keepalive_timeout_s
-        ),  # what counts where the peer says nothing at all
+        # What counts where the peer says nothing at all.
+        "grpc.http2.ping_timeout_ms": _ms(settings.keepalive_timeout_s),
         "grpc.keepalive_permit_without_calls": int(settings.idle_pings),
         "grpc.http2.min_ping_interval_without_data_ms": int(settings.min_ping_interval_s * 1000),
         "grpc.max_connection_age_ms": _ms(settings.max_connection_age_s),
