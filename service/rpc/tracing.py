@@ -17,8 +17,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable
 from importlib.metadata import version
+from itertools import islice
 
 import grpc
 from opentelemetry import propagate
@@ -36,8 +36,8 @@ from service.lane import Lane
 from service.scheduler import Batch
 
 log = logging.getLogger(__name__)
-MAX_RUNS = 32
-MAX_LINKS = 32
+MAX_RUNS = 16
+MAX_LINKS = 8
 """Most other calls of its batch that the span of a run links to."""
 FLUSH_S = 3.0
 """Longest that the end of the server waits for what is to be exported."""
@@ -114,7 +114,8 @@ class Tracing:
         else:
             found, num_rows, num_steps = _found_in(lane, work), len(work.slots), sum(work.counts)
         arrived = {trace: at for trace, at in reversed(found) if isinstance(trace, _CallTrace) and trace.is_live}
-        if not arrived:
+        due = [trace for trace in arrived if trace.count_run()]
+        if not due:
             return
         told: dict[str, str | int] = {
             "rnnserve.model.name": lane.name,
@@ -125,9 +126,11 @@ class Tracing:
         }
         offset = time.time_ns() - int(now * 1e9)
         ended, began = int(now * 1e9), int((now - seconds) * 1e9)
-        for trace, at in arrived.items():
+        links = [trace.link for trace in islice(arrived, MAX_LINKS + 1)]
+        for trace in due:
+            at = arrived[trace]
             waited = None if at is None else (min(int(at * 1e9), began) + offset, began + offset)
-            trace.ran(told, waited, (began + offset, ended + offset), arrived)
+            trace.ran(told, waited, (began + offset, ended + offset), links)
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
@@ -153,13 +156,14 @@ class Tracing:
 class _CallTrace:
     """The trace of one call."""
 
-    __slots__ = ("_context", "_num_runs", "_span", "_tracer", "is_live")
+    __slots__ = ("_context", "_num_runs", "_span", "_tracer", "is_live", "link")
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
         self._span = span
         self._context: Context = set_span_in_context(span, Context())
         self._num_runs = 0
+        self.link = SpanLink(span.get_span_context())
         self.is_live = True
         """Whether the call has not ended; a sequence may hold on to its trace after that."""
 
@@ -167,29 +171,29 @@ class _CallTrace:
         """Take down that something happened just now."""
         self._span.add_event(event, {f"rnnserve.{name}": value for name, value in attributes.items()})
 
+    def count_run(self) -> bool:
+        """Count a run that the call has a part in. Returns whether it is to be taken down."""
+        self._num_runs += 1
+        return self._num_runs <= MAX_RUNS or self._num_runs.bit_count() == 1
+
     def ran(
         self,
         told: dict[str, str | int],
         waited: tuple[int, int] | None,
         ran: tuple[int, int],
-        together: Iterable[_CallTrace],
+        together: list[SpanLink],
     ) -> None:
-        """Take down a run that the call had a part in, and how long its steps had waited, if it is the first of them.
+        """Take down the run that was counted last, and how long the steps had waited, if it is the first of them.
 
         told         attributes of the run
         waited, ran  when each began and ended, in nanoseconds since the epoch
-        together     the traced calls of the run
+        together     to traced calls of the run
         """
-        self._num_runs += 1
-        if self._num_runs > MAX_RUNS and self._num_runs.bit_count() > 1:
-            return
         if waited is not None:
             self._tracer.start_span("queue", self._context, start_time=waited[0]).end(waited[1])
-        others = [SpanLink(each._span.get_span_context()) for each in together if each is not self]
+        others = [link for link in together if link is not self.link][:MAX_LINKS]
         attributes = {**told, "rnnserve.run.number": self._num_runs}
-        span = self._tracer.start_span(
-            "run", self._context, attributes=attributes, links=others[:MAX_LINKS], start_time=ran[0]
-        )
+        span = self._tracer.start_span("run", self._context, attributes=attributes, links=others, start_time=ran[0])
         span.end(ran[1])
 
     def end(self, facts: CallFacts) -> None:
