@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -323,6 +324,23 @@ def test_no_number_of_a_tensor_is_logged(models):
             server.log,
             re.MULTILINE,
         )
+
+
+def test_what_goes_wrong_at_the_start_is_a_line_too(models, tmp_path):
+    broken = tmp_path / "bad" / "1"
+    broken.mkdir(parents=True)
+    (broken / "model.onnx").write_bytes(b"no model")
+    (tmp_path / "lstm").symlink_to(models / "lstm")
+    with single(tmp_path, "--log-format", "json") as server:
+        [line] = server.lines()
+        assert line["message"].startswith("BROKEN bad/1: ")
+        command = (Path(sys.executable).with_name("rnnserve"), "serve", "--repository", str(models))
+        port = server.http.rpartition(":")[2]
+        taken = [*command, "--log-format", "json", "--port", "0", "--http-port", port]
+        ended = subprocess.run(taken, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    line = json.loads(ended.stderr)
+    assert (line["level"], f":{port} for HTTP: " in line["message"]) == ("critical", True)
 
 
 def test_nothing_is_logged_of_calls_unless_it_is_asked_for(models):

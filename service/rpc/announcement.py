@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from service.repository import Loaded
 
-
+log = logging.getLogger(__name__)
 Line = tuple[str, str | None]
 """What is said, and in which colour; None for none."""
 
@@ -27,15 +28,15 @@ class Announcement:
     """For each that is not: the reason."""
 
     def show(self, host: str, port: int, http_port: int, *, num_workers: int = 1) -> None:
-        """Print it, and where it is served."""
+        """Print it, and where it is served; what is broken is logged."""
         workers = f", {num_workers} workers" if num_workers > 1 else ""
         click.echo(f"rnnserve {version('rnnserve')}: gRPC on {host}:{port}, HTTP on http://{host}:{http_port}{workers}")
         for line, colour in self.models:
             click.secho(f"  {line}", fg=colour)
         for line in self.broken:
-            click.secho(f"  BROKEN {line}", fg="red", err=True)
+            log.error("BROKEN %s", line)
         if not self.models:
-            click.secho("  no model is served", fg="red", err=True)
+            log.error("no model is served")
         click.echo("ready")
         sys.stdout.flush()
 

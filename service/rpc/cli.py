@@ -38,8 +38,10 @@ def serve(config: Path | None, *, print_config: bool, **flags: str | None) -> No
     from service.logs import log_to_stderr
 
     given = {name: value for name, value in flags.items() if value is not None}
+    form = "text"
     try:
         settings = load_settings(given, config)
+        form = settings.log_format
         log_to_stderr(settings.log_level, settings.log_format, who="supervisor" if settings.workers > 1 else "")
         _warn_of_variables()
         if print_config:
@@ -50,7 +52,11 @@ def serve(config: Path | None, *, print_config: bool, **flags: str | None) -> No
         else:
             _serve(settings)
     except ConfigError as error:
-        _end(str(error), 2 if error.field else 1)
+        code = 2 if error.field else 1
+        if form == "json":
+            log.critical(str(error))
+            raise SystemExit(code) from None
+        _end(str(error), code)
 
 
 def _warn_of_variables() -> None:
