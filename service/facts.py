@@ -6,8 +6,8 @@ engine makes them in a context without one.
 
 from __future__ import annotations
 
+import random
 import re
-import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Protocol
@@ -78,7 +78,7 @@ class CallFacts:
     def request_id(self) -> str:
         """The caller's name for it, or one that is made when it is first asked for."""
         if not self._request_id:
-            self._request_id = secrets.token_hex(8)
+            self._request_id = f"{random.getrandbits(64):016x}"
         return self._request_id
 
     def note(self, event: str, **attributes: str | int | float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -25,6 +26,10 @@ _HIDDEN = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x20
 """Control characters, separators of lines, and marks that turn the direction of writing."""
 _ESCAPES = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _HIDDEN}
 _ESCAPES |= {ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
+_WORD = re.compile(r"[!#-<>-\[\]-~]+")
+"""What needs no quotes: of ASCII, without spaces, quotes, = and backslashes."""
+_JSON = json.JSONEncoder(default=str)
+"""Escapes what is not ASCII, and so all that could end a line."""
 _NEWLINE = {code: escape for code, escape in _ESCAPES.items() if code != ord("\n")}
 
 
@@ -39,6 +44,7 @@ def log_to_stderr(level: str, form: str = "text", *, who: str = "", stream: Text
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(who) if form == "json" else TextFormatter(who))
     handler.addFilter(_Seldom())
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # they cost, and are not written
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
@@ -90,7 +96,7 @@ class JsonFormatter(logging.Formatter):
             content["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             content["stack"] = record.stack_info
-        return json.dumps(content, default=str)  # what is not ASCII is escaped, and so is all that could end a line
+        return _JSON.encode(content)
 
 
 class _Seldom(logging.Filter):
@@ -123,9 +129,10 @@ def _facts_of(record: logging.LogRecord) -> dict[str, Any]:
 
 def _shown(value: object) -> str:
     """Write a value as a word, in quotes where it would be more than one."""
+    if type(value) is int:
+        return str(value)
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    is_word = text and not any(char in text for char in ' "=\\') and text.translate(_ESCAPES) == text
-    return text if is_word else json.dumps(text, ensure_ascii=False).translate(_ESCAPES)
+    return text if _WORD.fullmatch(text) else json.dumps(text, ensure_ascii=False).translate(_ESCAPES)
 
 
 def _indented(text: str) -> str:

@@ -64,6 +64,8 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint)))
         self._tracer = self._provider.get_tracer("rnnserve", version("rnnserve"))
         self._known: dict[str, str | int] = {"rpc.system.name": "grpc", "server.address": host}
+        self._fields = frozenset(name.lower() for name in propagate.get_global_textmap().fields)
+        """Metadata that may say where the caller is in a trace."""
         self._num_recorded = 0
 
     def listen(self, port: int) -> None:
@@ -74,12 +76,12 @@ class Tracing:
 
     def begin(self, facts: CallFacts, details: grpc.HandlerCallDetails) -> None:
         """Begin the span of a call, below the caller's."""
-        carrier = {key: value for key, value in details.invocation_metadata if isinstance(value, str)}
+        carrier = {key: value for key, value in details.invocation_metadata if key in self._fields}
         is_known = facts.method == details.method.lstrip("/")
         method = facts.method if is_known else OTHER
         span = self._tracer.start_span(
             method,
-            propagate.extract(carrier),
+            propagate.extract(carrier) if carrier else Context(),
             SpanKind.SERVER,
             {**self._known, "rpc.method": method},
         )
