@@ -52,6 +52,7 @@ class Engine:
         self.is_draining = False
         self._lanes: dict[str, dict[int, Lane]] = {}
         self._retired: set[Lane] = set()
+        self._ready: set[Lane] = set()  # to be served
         self._held: Counter[Lane] = Counter()
         self._waiting: dict[Lane, CallLine] = {}
         self._shares = LeastServed()
@@ -69,12 +70,19 @@ class Engine:
 
     # ---- models -----------------------------------------------------------------------------------------------------
 
-    def add(self, lane: Lane) -> None:
-        """Serve a model version; one of the same number is found no more, and is to be retired."""
-        self._lanes.setdefault(lane.name, {})[lane.version] = lane
+    def prepare(self, lane: Lane) -> None:
+        """Make room for the work of a model version, which finds it only once it is served."""
+        self._ready.add(lane)
         for each in _both(lane):
             self._waiting[each] = CallLine(each)
         self._costs |= {(lane, *size): seconds for size, seconds in lane.run_costs.items()}
+
+    def add(self, lane: Lane) -> None:
+        """Serve a model version; one of the same number is found no more, and is to be retired."""
+        if lane not in self._waiting:
+            self.prepare(lane)
+        self._ready.discard(lane)
+        self._lanes.setdefault(lane.name, {})[lane.version] = lane
 
     @property
     def lanes(self) -> list[Lane]:
@@ -114,12 +122,17 @@ class Engine:
             del versions[lane.version]
             if not versions:
                 del self._lanes[lane.name]
+        self._ready.discard(lane)
         self._retired.add(lane)
 
     @property
     def retired(self) -> list[Lane]:
         """Retired versions that are not yet forgotten, in the order of name and version."""
         return sorted(self._retired, key=lambda lane: (lane.name, lane.version)) if self._retired else []
+
+    def besides(self, model: str) -> list[Lane]:
+        """Versions of a model that are here and not served: retired, or not yet served. Mostly there are none."""
+        return [lane for lane in (*self._retired, *self._ready) if lane.name == model]
 
     def hold(self, lane: Lane) -> None:
         """Count a version as used until it is released, though nothing may live on it meanwhile."""
@@ -155,8 +168,9 @@ class Engine:
             each.lose(list(each.sessions.by_slot), error)
 
     def forget(self, lane: Lane) -> None:
-        """Let go of a retired version that is not used."""
+        """Let go of a version that is retired, or was not to be served after all, and is not used."""
         self._retired.discard(lane)
+        self._ready.discard(lane)
         for each in _both(lane):
             del self._waiting[each]
         self._costs = {key: cost for key, cost in self._costs.items() if key[0] in self._waiting}

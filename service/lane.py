@@ -52,6 +52,8 @@ class Lane(Roster):
         """
         super().__init__(name, version, backend, exactness, settings, store)
         self.encoder = encoder
+        self.fingerprint = ""
+        """What its files were known by when they were loaded: see storage.Found."""
         self.run_costs: dict[tuple[int, int], float] = {}
         """Seconds of a run by its rows and steps, rounded up to powers of two: what the engine begins with."""
         self._pager: Pager | None = None

@@ -4,52 +4,32 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import insort
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.spec import MODEL_FILE, Layout, Spec
 from service.adapter import adapt, is_described
 from service.backend import Backend, check_provider
-from service.changes import Key, changes
+from service.changes import Key, Prints, changes
 from service.config import Settings
-from service.errors import ConfigError, ModelBroken, RepositoryUnreachable, RunFailed, ServiceError
+from service.errors import ConfigError, ModelBroken, RepositoryUnreachable, RunFailed
+from service.holdings import Holdings, open_storage
 from service.lane import Lane
 from service.probe import probe
 from service.spill import SpillStore
-from service.storage import Found, LocalStorage, Storage
+from service.versions import VersionPolicies, VersionPolicy
 from service.warmup import warm_up
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A model version that is in the repository but can't be served."""
+@dataclass(slots=True, kw_only=True)
+class Loaded(Holdings):
+    """What a repository holds, loaded."""
 
-    name: str
-    version: int
-    """0 where the model as a whole is at fault."""
-    error: ServiceError
-    fingerprint: str = ""
-    """Of the files; see storage.Found."""
-
-
-@dataclass(slots=True)
-class Loaded:
-    """What a repository holds."""
-
-    storage: Storage
-    """Where it lies; whoever serves the lanes closes it after them."""
     lanes: list[Lane] = field(default_factory=list)
-    broken: list[Broken] = field(default_factory=list)
     store: SpillStore | None = None
     """Takes the states of idle sessions; whoever serves the lanes closes it after them."""
-    found: dict[Key, str] = field(default_factory=dict)
-    """What was in the repository at start, as storage.Found has it."""
-    prints: dict[Key, str] = field(default_factory=dict)
-    """What the files of those that are served were known by when they were loaded."""
 
     def add(self, lane: Lane, fingerprint: str) -> None:
         """Take in what was loaded."""
@@ -58,38 +38,11 @@ class Loaded:
         self.prints[key] = fingerprint
         self.mend([key])
 
-    def mend(self, keys: Iterable[Key]) -> None:
-        """Count versions as broken no more."""
-        mended = set(keys)
-        self.broken[:] = [each for each in self.broken if (each.name, each.version) not in mended]
 
-    def add_broken(self, key: Key, error: ServiceError, fingerprint: str = "") -> None:
-        """Note why a version can't be served."""
-        self.mend([key])
-        self._put(Broken(*key, error, fingerprint))
-
-    def take_faults(self, found: Found) -> None:
-        """Note which models are misplaced now."""
-        self.broken[:] = [each for each in self.broken if each.version]
-        for model, error in found.faults:
-            self._put(Broken(model, 0, error))
-
-    def _put(self, broken: Broken) -> None:
-        insort(self.broken, broken, key=lambda each: (each.name, each.version))
-
-    @property
-    def broken_prints(self) -> dict[Key, str]:
-        """What the files of versions were known by that could not be loaded, though they could be read."""
-        return {
-            (each.name, each.version): each.fingerprint
-            for each in self.broken
-            if each.fingerprint and not isinstance(each.error, RepositoryUnreachable)
-        }
-
-
-def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> Loaded:
+def load_repository(settings: Settings, *, wanted: Prints | None = None, keeps_states: bool | None = None) -> Loaded:
     """Load the versions that the policy picks of every model, in the order of name and version.
 
+    wanted        versions to load, whatever the policy, and what their files are known by
     keeps_states  as Backend takes it
     Raises ConfigError where the repository, the provider or the spill store as a whole can't work.
     """
@@ -100,34 +53,21 @@ def load_repository(settings: Settings, *, keeps_states: bool | None = None) -> 
     except RepositoryUnreachable as error:
         storage.close()
         raise ConfigError(f"repository {error}", field="repository") from error
-    loaded = Loaded(storage, store=SpillStore(settings.spill_store) if settings.spill_store else None)
+    store = SpillStore(settings.spill_store) if settings.spill_store else None
+    loaded = Loaded(storage=storage, store=store, found=found.prints)
     loaded.take_faults(found)
-    loaded.found = found.prints
+    policies = settings.version_policy if wanted is None else VersionPolicies(VersionPolicy())
+    prints = found.prints if wanted is None else wanted
     tried: dict[Key, str] = {}
-    while keys := changes(found.prints, loaded.prints, tried, settings.version_policy).load:
+    while keys := changes(prints, loaded.prints, tried, policies).load:
         for key in keys:
-            tried[key] = fingerprint = found.prints[key]
+            tried[key] = fingerprint = prints[key]
             try:
                 loaded.add(load_found(settings, loaded, key, fingerprint, keeps_states=keeps_states), fingerprint)
             except (ModelBroken, RepositoryUnreachable) as error:
                 loaded.add_broken(key, error, fingerprint)
     loaded.lanes.sort(key=lambda lane: (lane.name, lane.version))
     return loaded
-
-
-def open_storage(settings: Settings) -> Storage:
-    """Find the repository. Raises ConfigError."""
-    root = settings.repository
-    if isinstance(root, str):
-        from service.remote import RemoteStorage  # fsspec takes its time to import
-
-        return RemoteStorage(root, settings.repository_cache)
-    if not root.is_dir():
-        raise ConfigError(
-            f"repository {root} is no directory: make it, then `rnnserve export RUN --repository {root}`",
-            field="repository",
-        )
-    return LocalStorage(root)
 
 
 def load_found(
@@ -139,6 +79,7 @@ def load_found(
     local = settings.model_copy(update={"repository": storage.root})
     lane = load_version(local, *key, loaded.store, keeps_states=keeps_states)
     storage.check(key, fingerprint)
+    lane.fingerprint = fingerprint
     return lane
 
 

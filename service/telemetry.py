@@ -25,8 +25,8 @@ from service.tally import CallTally, Ended, Histogram
 
 if TYPE_CHECKING:  # they import onnxruntime, which a supervisor of workers has no use for
     from service.engine import Engine
+    from service.holdings import Broken
     from service.lane import Lane
-    from service.repository import Broken
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 Samples = Iterable[tuple[tuple[str, ...], float | Histogram]]

@@ -24,6 +24,7 @@ from tests import generating
 from tests.onnx_models import build
 from tests.rpc import run_alone, sequences
 from tests.serving import serving
+from tests.workers import fleet_of, wait_until
 
 LATEST = {"version_policy": "latest:1", "watch": 3600}
 
@@ -304,3 +305,20 @@ def test_s3(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
 def test_s3_without_a_repository(bucket: s3fs.S3FileSystem, url: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_repository(load_settings({"repository": url}))
+
+
+def test_s3_with_several_workers(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    """They share what is fetched, and follow what is uploaded."""
+    for version in (1, 2):
+        build("gru", seed=version).save(tmp_path, "m", version)
+    bucket.put(f"{tmp_path}/m/1/", "models/live/m/1", recursive=True)
+    with fleet_of("s3://models/live", "--watch", "0.1") as fleet, Client(fleet.address) as client:  # type: ignore[arg-type]
+        [cached] = fleet.folder.glob("cache/*/m/1/model.onnx")
+        assert fleet.log.count("s3://models/live/m/1 was fetched") == 1
+        assert client.model("m").version == 1
+        bucket.put(f"{tmp_path}/m/2/", "models/live/m/2", recursive=True)
+        wait_until(lambda: client.model("m").version == 2)
+        wait_until(lambda: fleet.log.count("s3://models/live/m/2 was fetched") == 1)
+        folder = fleet.folder
+    wait_until(lambda: not folder.exists())
+    assert not cached.exists()

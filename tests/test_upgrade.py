@@ -85,7 +85,7 @@ async def test_upgrades_under_load_lose_nothing(root: Path) -> None:
             np.testing.assert_array_equal(np.array(rows[index]), expected(version, index))
         assert [version for version, _ in predicted] == sorted(version for version, _ in predicted)
         assert {version for version, _ in predicted} >= {1, 4}
-        await until(lambda: not server.catalog.retirer.leaving)
+        await until(lambda: not server.hands.retirer.leaving)
         assert [lane.version for lane in server.engine.lanes] == [4]
 
 
@@ -115,7 +115,7 @@ def test_what_is_being_generated_is_finished_by_its_version(tmp_path: Path) -> N
         shutil.copytree(tmp_path / "later" / "m" / "1", root / "m" / "2")
         for _ in range(2):
             served.run(served.server.catalog.look())
-        served.wait_until(lambda: not served.server.catalog.retirer.leaving)
+        served.wait_until(lambda: not served.server.hands.retirer.leaving)
         served.wait_until(lambda: served.lane("m").tally.sequences > 50)
         is_over.set()
         assert served.lane("m").version == 2
@@ -153,7 +153,7 @@ def test_sessions_end_where_a_limit_is_set(root: Path) -> None:
         build("gru", layers=2, seed=2).save(root, "m", 2)
         for _ in range(2):
             served.run(served.server.catalog.look())
-        served.wait_until(lambda: not served.server.catalog.retirer.leaving)
+        served.wait_until(lambda: not served.server.hands.retirer.leaving)
         with pytest.raises(SessionFailed, match="m/1 was unloaded: open a new session"):
             stream.step(x[1])
         assert stream.drain_s == pytest.approx(0.1)
@@ -173,7 +173,7 @@ def test_session_that_lingers_is_resumed_on_its_version(root: Path) -> None:
             assert (stream.version, stream.resumed, stream.model.version) == (1, True, 1)
             rows += [stream.step(each) for each in x[3:]]
         np.testing.assert_array_equal(np.array(rows), run_alone(root, "m", x))
-        served.wait_until(lambda: not served.server.catalog.retirer.leaving)
+        served.wait_until(lambda: not served.server.hands.retirer.leaving)
         with client.stream("m", session_id="s") as stream:
             assert (stream.version, stream.resumed) == (2, False)
         with pytest.raises(NotFound, match="model 'm' has no version 1; served: 2"), client.stream("m", version=1):
@@ -193,4 +193,4 @@ def test_stream_without_sessions_does_not_keep_a_version(root: Path) -> None:
             for _ in answers:
                 pass
         requests.close()
-        served.wait_until(lambda: not served.server.catalog.retirer.leaving)
+        served.wait_until(lambda: not served.server.hands.retirer.leaving)

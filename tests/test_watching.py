@@ -51,7 +51,7 @@ class Watched:
 
     def wait_for_leaving(self) -> None:
         """Wait until no version is on its way out."""
-        self.served.wait_until(lambda: not self.served.server.catalog.retirer.leaving)
+        self.served.wait_until(lambda: not self.served.server.hands.retirer.leaving)
 
     def index(self) -> dict[str, tuple[str, str]]:
         """State and reason of each version."""

@@ -1,8 +1,4 @@
-"""The models of a server that runs: what is in the repository, what is served, and following the one with the other.
-
-A version is loaded on a thread while the others are served, and takes work once it has been probed. The one that it
-replaces then leaves: see retiring.py.
-"""
+"""What is in the repository and what is served, and following the one with the other: calls, and `--watch`."""
 
 from __future__ import annotations
 
@@ -10,23 +6,21 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Collection
 from contextlib import suppress
-
-from grpc_health.v1 import health, health_pb2
+from typing import Protocol
 
 from service.changes import Key, Settling, changes, of_model, wanted
-from service.engine import Engine
+from service.config import Settings
 from service.errors import (
     ConfigError,
     ModelBroken,
     ModelNotFound,
     RepositoryUnreachable,
     ServiceError,
-    Unimplemented,
+    Unavailable,
 )
-from service.lane import Lane
-from service.repository import Loaded, load_found
-from service.rpc.retiring import Retirer
+from service.holdings import Holdings
 
 log = logging.getLogger(__name__)
 READY, LOADING, UNLOADING, UNAVAILABLE = "READY", "LOADING", "UNLOADING", "UNAVAILABLE"
@@ -34,62 +28,73 @@ Entry = tuple[str, int, str, str]
 """Model, version, state, and the reason for it."""
 
 
-class Catalog:
-    """Loads and unloads model versions, on the running loop."""
+class Hands(Protocol):
+    """Do what is decided: one server for itself (hands.py), or all workers alike (fleet.py)."""
 
-    def __init__(
-        self, engine: Engine, loaded: Loaded, health_of: health.aio.HealthServicer, *, can_change: bool = True
-    ) -> None:
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing is to be loaded any more."""
+
+    async def load(self, key: Key, fingerprint: str) -> None:
+        """Have a version ready that takes no work yet. Raises ModelBroken and its kin, and then nothing has changed."""
+
+    async def serve(self, key: Key) -> None:
+        """Let a version that is ready take work, in place of the one of the same number, which leaves."""
+
+    async def retire(self, keys: Collection[Key], grace_s: float = math.inf) -> None:
+        """Let versions leave that are served, or hurry them where they leave already, if there is a limit."""
+
+    async def leaving(self) -> dict[Key, int]:
+        """Versions on their way out, and how many sessions are live on each."""
+
+    async def tell_broken(self) -> None:
+        """Let those who tell of broken versions know of a change."""
+
+
+class Catalog:
+    """Decides what is served, on the running loop."""
+
+    def __init__(self, settings: Settings, holdings: Holdings, hands: Hands) -> None:
         """Begin with what was loaded at start.
 
-        health_of   tells of every version that is served
-        can_change  whether anything may be loaded or unloaded later
+        hands  do what is decided
         """
-        self._engine = engine
-        self._loaded = loaded
-        self._settings = engine.settings
-        self._health = health_of
-        self._can_change = can_change
-        self._is_changing = asyncio.Lock()
-        self._settling = Settling(loaded.found)
+        self._settings = settings
+        self._holdings = holdings
+        self._hands = hands
+        self.is_changing = asyncio.Lock()
+        """Held while something changes."""
+        self._settling = Settling(holdings.found)
         self._first_seen: dict[Key, tuple[str, float]] = {}  # fingerprint, and when it was first seen
         self._unloaded: set[str] = set()  # models, by a call
         self._loading: Key | None = None
         self._is_unreachable = False
         self._watcher: asyncio.Task[None] | None = None
-        self.retirer = Retirer(engine, self._forget)
-        """Lets versions leave."""
-
-    async def announce(self, lane: Lane) -> None:
-        """Let health say that a version is served."""
-        await self._set_health(lane)
 
     # ---- what there is ----------------------------------------------------------------------------------------------
 
     async def entries(self, *, is_ready: bool) -> list[Entry]:
         """List versions in order; is_ready: only those that are served."""
-        known: dict[Key, tuple[str, str]] = {(lane.name, lane.version): (READY, "") for lane in self._engine.lanes}
+        holdings, policies = self._holdings, self._settings.version_policy
+        known = dict.fromkeys(holdings.prints, (READY, ""))
         if is_ready:
             return [(*key, *state) for key, state in sorted(known.items())]
         if self._watcher is None:
             with suppress(RepositoryUnreachable):
-                self._settling.see((await asyncio.to_thread(self._loaded.storage.look)).prints)
-        for each in self._loaded.broken:
+                self._settling.see((await asyncio.to_thread(holdings.storage.look)).prints)
+        for each in holdings.broken:
             key = (each.name, each.version)
             if key in known:  # its files were replaced
                 known[key] = (READY, f"its files have changed, and the new ones can't be loaded: {each.error}")
             else:
                 known[key] = (UNAVAILABLE, str(each.error))
-        for lane in self.retirer.leaving:
-            reason = f"{lane.num_sessions} live sessions go on"
-            known.setdefault((lane.name, lane.version), (UNLOADING, reason))
-        picked = wanted(
-            self._settling.last, self._loaded.prints, self._loaded.broken_prints, self._settings.version_policy
-        )
+        for key, num_sessions in (await self._hands.leaving()).items():
+            known.setdefault(key, (UNLOADING, f"{num_sessions} live sessions go on"))
+        picked = wanted(self._settling.last, holdings.prints, holdings.broken_prints, policies)
         for key in self._settling.last:
             known.setdefault(key, self._why_not(key, is_wanted=key in picked))
         for name in {name for name, _ in known}:
-            for version in self._settings.version_policy.of(name).named:
+            for version in policies.of(name).named:
                 known.setdefault((name, version), (UNAVAILABLE, "the version policy names it, but it is not there"))
         return [(*key, *state) for key, state in sorted(known.items())]
 
@@ -113,10 +118,9 @@ class Catalog:
 
         Raises ModelNotFound where there is none, ModelBroken for versions that can't be served; the others are.
         """
-        self._check()
-        self._engine.check_open()
-        async with self._is_changing:
-            found = await asyncio.to_thread(self._loaded.storage.look)
+        holdings = self._holdings
+        async with self.is_changing:
+            found = await asyncio.to_thread(holdings.storage.look)
             if not of_model(found.prints, name):
                 raise ModelNotFound(
                     f"no version of model {name!r} is in the repository: put it at {name}/1/model.onnx",
@@ -124,8 +128,8 @@ class Catalog:
                 )
             self._unloaded.discard(name)
             self._settling.believe(found.prints, name)
-            self._loaded.take_faults(found)
-            self._loaded.mend(of_model(self._loaded.broken_prints, name))
+            holdings.take_faults(found)
+            holdings.mend(of_model(holdings.broken_prints, name))
             faults = await self._follow(name)
         if faults:
             raise ModelBroken("; ".join(f"version {version}: {error}" for (_, version), error in faults.items()))
@@ -135,23 +139,20 @@ class Catalog:
 
         Raises ModelNotFound where it is not served.
         """
-        self._check()
-        async with self._is_changing:
-            self._engine.lane(name)
+        async with self.is_changing:
+            served = of_model(self._holdings.prints, name)
+            if not served:
+                others = ", ".join(sorted({model for model, _ in self._holdings.prints})) or "none"
+                raise ModelNotFound(f"no model {name!r} is served; served: {others}", field="model_name")
             self._unloaded.add(name)
-            lanes = [*self._engine.lanes, *self.retirer.leaving]
-            for lane in [each for each in lanes if each.name == name]:
-                await self._retire(lane, self._settings.drain_s)
-
-    def _check(self) -> None:
-        if not self._can_change:
-            raise Unimplemented("each of several workers loads its models when it starts: start the server again")
+            leaving = [key for key in await self._hands.leaving() if key[0] == name]
+            await self._retire([*served, *leaving], self._settings.drain_s)
 
     # ---- following the repository -----------------------------------------------------------------------------------
 
     def watch(self) -> None:
         """Begin to look at the repository every so often, if that is set."""
-        if self._settings.watch and self._can_change:
+        if self._settings.watch:
             self._watcher = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
@@ -159,14 +160,17 @@ class Catalog:
             await asyncio.sleep(self._settings.watch)
             try:
                 await self.look()
+            except Unavailable as error:
+                log.warning("the repository is not followed: %s", error)
             except Exception:
                 log.exception("a bug in following the repository")
 
     async def look(self) -> None:
         """Look at the repository, and follow what it has shown twice in a row."""
-        async with self._is_changing:
+        holdings = self._holdings
+        async with self.is_changing:
             try:
-                found = await asyncio.to_thread(self._loaded.storage.look)
+                found = await asyncio.to_thread(holdings.storage.look)
             except RepositoryUnreachable as error:
                 if not self._is_unreachable:
                     log.warning("%s; what is served goes on", error)
@@ -175,9 +179,12 @@ class Catalog:
             self._is_unreachable = False
             self._note_first_seen(found.prints)
             believed = self._settling.look(found.prints)
-            self._loaded.take_faults(found)
-            self._loaded.mend(key for key in self._loaded.broken_prints if key not in found.prints)
+            was_broken = list(holdings.broken)
+            holdings.take_faults(found)
+            holdings.mend(key for key in holdings.broken_prints if key not in found.prints)
             await self._follow()
+            if holdings.broken != was_broken:
+                await self._hands.tell_broken()
             self._first_seen = {key: self._first_seen[key] for key in believed if key in self._first_seen}
 
     def _note_first_seen(self, prints: dict[Key, str]) -> None:
@@ -186,16 +193,21 @@ class Catalog:
             if self._first_seen.get(key, ("",))[0] != fingerprint:
                 self._first_seen[key] = (fingerprint, now)
 
+    async def follow(self) -> None:
+        """Load and retire what is to be of what is believed of the repository already."""
+        async with self.is_changing:
+            await self._follow()
+
     async def _follow(self, model: str | None = None) -> dict[Key, ServiceError]:
         """Load and retire what is to be, of one model or of all. Returns what could not be loaded, and why."""
         faults: dict[Key, ServiceError] = {}
-        tried = self._loaded.broken_prints
+        tried = self._holdings.broken_prints
         while True:
-            found, served = self._settling.believed, self._loaded.prints
+            found, served = self._settling.believed, self._holdings.prints
             if model is not None:
                 found, served = of_model(found, model), of_model(served, model)
             todo = changes(found, served, tried, self._settings.version_policy, self._unloaded)
-            if not todo.load or self._engine.is_draining:
+            if not todo.load or self._hands.is_stopping:
                 break
             for key in todo.load:
                 tried[key] = found[key]
@@ -203,53 +215,34 @@ class Catalog:
                     await self._load(key, found[key])
                 except (ModelBroken, RepositoryUnreachable, ConfigError) as error:
                     log.error("%s/%d can't be loaded: %s", *key, error)
-                    self._loaded.add_broken(key, error, found[key])
+                    self._holdings.add_broken(key, error, found[key])
                     faults[key] = error
-        lanes = {(lane.name, lane.version): lane for lane in self._engine.lanes}
-        for key in todo.retire:
-            await self._retire(lanes[key], self._settings.retire_s or math.inf)
+                await self._hands.tell_broken()
+        if todo.retire:
+            await self._retire(todo.retire, self._settings.retire_s or math.inf)
         return faults
 
     async def _load(self, key: Key, fingerprint: str) -> None:
         """Serve a version, in place of the one of the same number. Raises ModelBroken and its kin."""
         began, self._loading = time.monotonic(), key
         try:
-            lane = await asyncio.to_thread(load_found, self._settings, self._loaded, key, fingerprint)
+            await self._hands.load(key, fingerprint)
         finally:
             self._loading = None
-        replaced = next((each for each in self._engine.lanes if (each.name, each.version) == key), None)
-        self._loaded.add(lane, fingerprint)
-        self._engine.add(lane)
-        await self._set_health(lane)
-        if replaced is not None:
-            await self._retire(replaced, self._settings.retire_s or math.inf)
+        await self._hands.serve(key)
+        self._holdings.prints[key] = fingerprint
+        self._holdings.mend([key])
         now = time.monotonic()
         known_as, seen_at = self._first_seen.get(key, ("", began))
         waited_s = now - (seen_at if known_as == fingerprint else began)
         log.info("%s/%d is served, %.2f s after it was seen; %.2f s of them to load it", *key, waited_s, now - began)
 
-    async def _retire(self, lane: Lane, grace_s: float) -> None:
-        self.retirer.begin(lane, grace_s)
-        key = (lane.name, lane.version)
-        if not any((each.name, each.version) == key for each in self._engine.lanes):
-            self._loaded.prints.pop(key, None)
-        await self._set_health(lane)
-
-    def _forget(self, lane: Lane) -> None:
-        if lane in self._loaded.lanes:
-            self._loaded.lanes.remove(lane)
-
-    async def _set_health(self, lane: Lane) -> None:
-        """Tell of a model, and of one of its versions, whether they are served."""
-        status, lanes = health_pb2.HealthCheckResponse, [each for each in self._engine.lanes if each.name == lane.name]
-        for name, is_served in (
-            (lane.name, bool(lanes)),
-            (f"{lane.name}/{lane.version}", any(each.version == lane.version for each in lanes)),
-        ):
-            await self._health.set(name, status.SERVING if is_served else status.NOT_SERVING)
+    async def _retire(self, keys: list[Key], grace_s: float) -> None:
+        for key in keys:
+            self._holdings.prints.pop(key, None)
+        await self._hands.retire(keys, grace_s)
 
     def close(self) -> None:
         """Follow nothing more: the server stops."""
         if self._watcher is not None:
             self._watcher.cancel()
-        self.retirer.close()

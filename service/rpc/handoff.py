@@ -16,7 +16,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from aiohttp import web
 
 from service.engine import Engine
-from service.errors import Exhausted, ModelNotFound, ServiceError, SessionBusy
+from service.errors import Exhausted, ServiceError, SessionBusy
 from service.events import Answer, Event, Link
 from service.lane import Lane
 from service.parcels import Leaving, Parcel, adopt, give, pack, unpack
@@ -41,8 +41,8 @@ ROOM_S = 0.05
 """Time between looks for room for a session that has come."""
 SLICE = 64
 """Sessions that are taken, given or adopted in one turn of the event loop, at most."""
-HOLDERS, TAKE = "/sessions/holders", "/sessions/take"
-"""Routes: which of these names are yours; give them up."""
+HOLDERS, TAKE, USED = "/sessions/holders", "/sessions/take", "/sessions/used"
+"""Routes: which of these names are yours; give them up; is anything live on a version."""
 
 Ticket = tuple[int, int]
 """When a claim was made, on the clock that all processes of a machine share, and by which worker."""
@@ -60,7 +60,7 @@ class _Claim:
     def question(self, names: Iterable[str], **more: object) -> bytes:
         """What siblings are asked about some of the names."""
         lane = self.lane
-        about = {"model": lane.name, "version": lane.version, "digest": lane.backend.digest, "ticket": self.ticket}
+        about = {"model": lane.name, "version": lane.version, "files": _files(lane), "ticket": self.ticket}
         return json.dumps({**about, "names": sorted(names), **more}).encode()
 
 
@@ -91,11 +91,28 @@ class Handoff:
 
     def routes(self) -> list[web.RouteDef]:
         """What siblings ask."""
-        return [web.post(HOLDERS, self._tell_held), web.post(TAKE, self._give_up)]
+        return [
+            web.post(HOLDERS, self._tell_held),
+            web.post(TAKE, self._give_up),
+            web.post(USED, self._tell_used),
+        ]
 
     def mover(self, lane: Lane, outputs: list[int], *, emit_last: bool) -> Mover:
         """Help one stream, which wants these outputs."""
         return Mover(self, lane, outputs, emit_last=emit_last)
+
+    async def find_home(self, lanes: Iterable[Lane], names: Collection[str]) -> Lane | None:
+        """Find the one of some versions on which another worker has a session of one of those names."""
+        for lane in lanes:
+            question = _Claim(lane, frozenset(names), (0, self._index)).question(names)  # earlier than any claim
+            if any(json.loads(answer or b"[]") for answer in await ask_all(self._siblings, HOLDERS, question)):
+                return lane
+        return None
+
+    async def is_used_elsewhere(self, lane: Lane) -> bool:
+        """Whether another worker serves a version, or something is live on it there."""
+        answers = await ask_all(self._siblings, USED, _Claim(lane, frozenset(), (0, self._index)).question(()))
+        return any(json.loads(answer or b"false") for answer in answers)
 
     async def close(self) -> None:
         """Ask no more."""
@@ -193,6 +210,11 @@ class Handoff:
         await response.write_eof(json.dumps(names).encode())
         return response
 
+    async def _tell_used(self, request: web.Request) -> web.StreamResponse:
+        lane = self._lane(await _read(request))
+        is_used = lane is not None and (lane in self._engine.lanes or self._engine.is_used(lane))
+        return web.json_response(is_used)
+
     async def _give_up(self, request: web.Request) -> web.StreamResponse:
         question = await _read(request)
         response = await _begin(request)
@@ -229,12 +251,12 @@ class Handoff:
                 self._engine.drop(lane, porter.link)
 
     def _lane(self, question: dict[str, Any]) -> Lane | None:
-        """The lane of the same model file, if there is one."""
-        try:
-            lane = self._engine.lane(question["model"], question["version"])
-        except ModelNotFound:
-            return None
-        return lane if lane.backend.digest == question["digest"] else None
+        """The lane of the same files, if there is one."""
+        wanted = [question["model"], question["version"], question["files"]]
+        for lane in (*self._engine.lanes, *self._engine.besides(question["model"])):
+            if [lane.name, lane.version, _files(lane)] == wanted:
+                return lane
+        return None
 
 
 class Mover:
@@ -315,6 +337,11 @@ class _Porter:
         if isinstance(event, Answer):
             self._answers.append(event)
         self._has_news.set()
+
+
+def _files(lane: Lane) -> list[str]:
+    """What tells a version from another of its name and number, whose files were replaced."""
+    return [lane.backend.digest, lane.fingerprint]
 
 
 def _is_live(lane: Lane, name: str) -> bool:

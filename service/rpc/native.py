@@ -16,11 +16,11 @@ from service.engine import Engine
 from service.errors import DeadlineExpired, InvalidInput, ServiceError, ShapeMismatch, Unavailable
 from service.facts import current
 from service.generate import generate
+from service.holdings import Broken
 from service.lane import Lane
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from service.predict import Sequences
-from service.repository import Broken
 from service.rpc.answers import write_prediction
 from service.rpc.codec import LanePlan, empty_tensor, lengths_of, model_message
 from service.rpc.generation import read_generate, timeout_of, write_made, write_started
@@ -182,7 +182,7 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
         if first.WhichOneof("message") != "open":
             raise InvalidInput("the first message of a stream must be `open`, naming the model", field="open")
         self._engine.check_open()
-        lane = self._lane_of(first.open)
+        lane = await self._lane_of(first.open)
         with self._engine.holding(lane):
             stream = await self._open(self.plan(lane), first.open)
         call = self._calls[stream] = _Call(lane, cast("asyncio.Task[None]", asyncio.current_task()))
@@ -211,17 +211,22 @@ class SequenceServicer(pb_grpc.SequenceServiceServicer):
             if telling is not None:
                 telling.cancel()
 
-    def _lane_of(self, request: pb.StreamOpen) -> Lane:
+    async def _lane_of(self, request: pb.StreamOpen) -> Lane:
         """Find the version of a stream: a retired one, where a session that it opens by name lives only there.
 
         Raises ModelNotFound.
         """
+        engine, model = self._engine, request.model
         names = [session.session_id for session in request.sessions if session.session_id]
-        if names and self._engine.retired:
-            for lane in (*self._engine.lanes, *self._engine.retired):
-                if lane.name == request.model and request.version in (0, lane.version) and lane.has_any(names):
-                    return lane
-        return self._engine.lane(request.model, request.version)
+        if names and engine.besides(model):
+            lanes = [lane for lane in engine.lanes if lane.name == model] + engine.besides(model)
+            lanes = [lane for lane in lanes if request.version in (0, lane.version)]
+            home = next((lane for lane in lanes if lane.has_any(names)), None)
+            if home is None and self._handoff is not None:
+                home = await self._handoff.find_home(lanes, names)
+            if home is not None and (home in engine.lanes or home in engine.besides(model)):
+                return home
+        return engine.lane(model, request.version)
 
     async def _open(self, plan: LanePlan, request: pb.StreamOpen) -> Stream:
         opening = read_open(plan, request)

@@ -25,18 +25,26 @@ class Peer:
         self._session: aiohttp.ClientSession | None = None
         self._turns = asyncio.Semaphore(MAX_BEGINNING)
 
-    async def ask(self, route: str, body: bytes | None = None) -> bytes | None:
-        """GET a route, or POST a body to it. Returns None where the answer is not 200, or there is none."""
-        answer = await self.fetch(route, body)
+    async def ask(
+        self, route: str, body: bytes | None = None, alive_s: float | None = None, patience_s: float | None = None
+    ) -> bytes | None:
+        """GET a route, or POST a body to it. Returns None where the answer is not 200, or there is none in time.
+
+        alive_s     time in which it is to begin, ALIVE_S by default
+        patience_s  and for the rest of it, PATIENCE_S by default
+        """
+        answer = await self.fetch(route, body, alive_s, patience_s)
         return answer[1] if answer is not None and answer[0] == 200 else None
 
-    async def fetch(self, route: str, body: bytes | None = None) -> tuple[int, bytes] | None:
+    async def fetch(
+        self, route: str, body: bytes | None = None, alive_s: float | None = None, patience_s: float | None = None
+    ) -> tuple[int, bytes] | None:
         """Ask in the same way. Returns (status, content), None where there is no answer."""
         method = "GET" if body is None else "POST"
         try:
-            async with self._turns, asyncio.timeout(ALIVE_S):
+            async with self._turns, asyncio.timeout(alive_s or ALIVE_S):
                 response = await self._client().request(method, f"http://peer{route}", data=body)
-            async with response, asyncio.timeout(PATIENCE_S):
+            async with response, asyncio.timeout(patience_s or PATIENCE_S):
                 return response.status, await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError):
             return None
@@ -80,6 +88,11 @@ class Place:
     def path(self) -> Path:
         """Of its own socket."""
         return self.folder / f"{self.index}.sock"
+
+    @property
+    def supervisor(self) -> Path:
+        """Of the supervisor's socket."""
+        return self.folder / "supervisor.sock"
 
     @property
     def siblings(self) -> list[Place]:

@@ -11,7 +11,7 @@ import ctypes
 import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,13 +55,15 @@ class Retirer:
     def __init__(self, engine: Engine, on_gone: Callable[[Lane], None]) -> None:
         """Prepare.
 
-        on_gone  called once nothing of a version is left
+        on_gone  called once nothing of a version is left here
         """
         self._engine = engine
         self._on_gone = on_gone
         self._leaving: dict[Lane, _Leaving] = {}
         self.streams: Sequence[Streams] = ()
         """Whose clients are told."""
+        self.is_used_elsewhere: Callable[[Lane], Awaitable[bool]] = _nowhere
+        """Asks other workers, whose sessions may come here, whether anything is live on a version."""
         self.keepers: Sequence[Callable[[Lane], None]] = ()
         """Whoever keeps something of a version: called when they are to forget it."""
 
@@ -107,6 +109,8 @@ class Retirer:
         told_until = clock() + END_S
         await self._wait(lambda: clock() >= told_until or not (engine.is_used(lane) or self._has_streams(lane)))
         await self._wait(lambda: not engine.is_used(lane))
+        while await self.is_used_elsewhere(lane) or engine.is_used(lane):  # noqa: ASYNC110  nothing tells of it
+            await asyncio.sleep(MOST_POLL_S)
         engine.forget(lane)
         for forget in self.keepers:
             forget(lane)
@@ -135,6 +139,11 @@ class Retirer:
         while not holds():
             await asyncio.sleep(poll_s)
             poll_s = min(1.1 * poll_s, MOST_POLL_S)
+
+
+async def _nowhere(_: Lane) -> bool:
+    """There are no others."""
+    return False
 
 
 def _give_back() -> None:

@@ -13,14 +13,24 @@ import grpc.aio
 from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from service.changes import Prints
 from service.config import Settings
 from service.engine import Engine
+<<<<<<< HEAD
 from service.errors import ConfigError
 from service.repository import Broken, Loaded
 from service.rpc.access import AccessLog, HttpAccessLog
 from service.rpc.calls import CallInterceptor, CallObserver
+=======
+from service.errors import ConfigError, ServiceError
+from service.holdings import Broken
+from service.repository import Loaded
+from service.rpc.calls import CallInterceptor
+>>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
 from service.rpc.catalog import Catalog
+from service.rpc.fleet import Forwarding, Obeying
 from service.rpc.handoff import Handoff
+from service.rpc.hands import OwnHands
 from service.rpc.interceptors import ErrorInterceptor, SeeingInterceptor
 from service.rpc.native import SERVICE_NAME, SequenceServicer
 from service.rpc.oip.servicer import SERVICE_NAME as INFERENCE_NAME
@@ -65,12 +75,24 @@ class Server:
             self._handoff = Handoff(self.engine, [Peer(each.path) for each in place.siblings], place.index)
         self._ages = ConnectionAges.of(settings)
         self._native = SequenceServicer(self.engine, loaded.broken, self._handoff, self._ages)
+<<<<<<< HEAD
         # A call to load or unload reaches one of several workers alone.
         self.catalog = Catalog(self.engine, loaded, self._health, can_change=place is None)
         self._inference = InferenceServicer(self.engine, self.catalog, self._handoff)
         self.catalog.retirer.streams = (self._native,)
         self.catalog.retirer.keepers = (self._native.forget, self._inference.desk.forget)
         self._sockets = Sockets(self._native, settings.max_message_bytes)
+=======
+        self.hands = OwnHands(self.engine, loaded, self._health)
+        if self._handoff is not None:
+            self.hands.retirer.is_used_elsewhere = self._handoff.is_used_elsewhere
+        self.catalog = Catalog(settings, loaded, self.hands)
+        self._supervisor = None if place is None else Forwarding(Peer(place.supervisor))
+        self._obeying = Obeying(self.hands, loaded)
+        self._inference = InferenceServicer(self.engine, self._supervisor or self.catalog, self._handoff)
+        self.hands.retirer.streams = (self._native,)
+        self.hands.retirer.keepers = (self._native.forget, self._inference.desk.forget)
+>>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
         self._calls = CallTally()
         self._tracing = tracing_of(settings, None if place is None else place.index)
         self._observers: list[CallObserver] = [] if settings.access_log == "off" else [AccessLog()]
@@ -108,9 +130,17 @@ class Server:
         await self._grpc.start()
         for name in ("", SERVICE_NAME, INFERENCE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        for lane in self.engine.lanes:
-            await self.catalog.announce(lane)
-        self.catalog.watch()
+        await self.hands.announce()
+        if self._supervisor is None:
+            self.catalog.watch()
+
+    async def begin_retired(self, retired: Prints) -> None:
+        """Load versions that other workers have retired, whose sessions may come here."""
+        for key, fingerprint in retired.items():
+            try:
+                await self.hands.begin_retired(key, fingerprint)
+            except ServiceError as error:
+                log.warning("sessions of %s/%d can't move to this worker: %s", *key, error)
 
     async def stop(self) -> None:
         """Drain: refuse what is new, tell the streams, let them end within the time that is set, then stop."""
@@ -118,6 +148,7 @@ class Server:
             return
         self.engine.is_draining = True
         self.catalog.close()
+        self.hands.retirer.close()
         await self._health.enter_graceful_shutdown()
         streams = self._native.streams
         if streams:
@@ -130,6 +161,8 @@ class Server:
             await self._http.cleanup()
         if self._handoff is not None:
             await self._handoff.close()
+        if self._supervisor is not None:
+            await self._supervisor.close()
         self.engine.stop()
         if self._tracing is not None:
             await self._tracing.close()
@@ -155,7 +188,7 @@ class Server:
     async def _start_http(self) -> None:
         app = make_app(self.engine, registry_of(self.engine, self.broken, CallCollector(self._calls)))
         if self._handoff is not None:
-            app.add_routes(self._handoff.routes())
+            app.add_routes([*self._handoff.routes(), *self._obeying.routes()])
         if self.settings.page:
             app.on_shutdown.append(self._sockets.close)
             add_page(app, self.settings, [*telling_routes(self.engine, self.broken), *self._sockets.routes()])
@@ -177,11 +210,19 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials:
 
 
 async def run(
-    settings: Settings, loaded: Loaded, on_ready: Callable[[Server], None], place: Place | None = None
+    settings: Settings,
+    loaded: Loaded,
+    on_ready: Callable[[Server], None],
+    place: Place | None = None,
+    retired: Prints | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain."""
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    retired  versions that other workers have retired, whose sessions may come here
+    """
     server = Server(settings, loaded, place)
     await server.start()
+    await server.begin_retired(retired or {})
     _calm_garbage_collector()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

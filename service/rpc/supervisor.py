@@ -14,16 +14,25 @@ import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from service.changes import Key
 from service.config import Settings
+<<<<<<< HEAD
 from service.errors import ConfigError
 from service.rpc.access import HttpAccessLog
+=======
+from service.errors import ConfigError, Unavailable
+from service.holdings import Holdings, open_storage
+>>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
 from service.rpc.announcement import Announcement
+from service.rpc.catalog import Catalog
+from service.rpc.fleet import FleetHands, as_rows, catalog_routes, from_rows, read_broken
 from service.rpc.metrics import Page, left_behind, merge, read_page, write_page
 from service.rpc.peers import Peer, Place, ask_all
 from service.rpc.ports import hold_port
@@ -51,16 +60,24 @@ async def run(settings: Settings) -> None:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="rnnserve-")))
         if len(os.fsencode(folder)) > MAX_PATH_BYTES - len("/999.sock"):
             raise ConfigError(f"{folder} is too long a path for sockets of workers: set TMPDIR to a shorter one")
-        await Supervisor(settings.model_copy(update={"port": port}), folder).run()
+        cache = settings.repository_cache or folder / "cache"  # they share what is fetched from a URL
+        settings = settings.model_copy(update={"port": port, "repository_cache": cache})
+        await Supervisor(settings, folder).run()
 
 
 class _Live:
     """A worker that is ready."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, process: Process) -> None:
+        self._process = process
         self.peer = Peer(place.path)
         self.page: Page = []
         """Its metrics when they were last asked for."""
+
+    def end(self) -> None:
+        """Kill it, so that it is started again."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
 
 
 class Supervisor:
@@ -75,6 +92,9 @@ class Supervisor:
         self._num_restarts = 0
         self._is_scraping = asyncio.Lock()
         self._stopping = asyncio.Event()
+        self._hands: FleetHands | None = None
+        self._catalog: Catalog | None = None  # once all have started
+        self._runners: list[web.AppRunner] = []
 
     async def run(self) -> None:
         """Serve until a signal comes and all has been drained. Raises ConfigError as `run` of the module."""
@@ -88,11 +108,17 @@ class Supervisor:
         if self._settings.page:
             relay = Relay(lambda: [worker.peer for worker in self._live.values()], self._settings.max_message_bytes)
             add_page(app, self._settings, relay.routes())
+<<<<<<< HEAD
         http, http_port = await listen(app, self._settings, access_log=HttpAccessLog)
+=======
+        http, http_port = await listen(app, self._settings)
+        self._runners.append(http)
+>>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
         started = [loop.create_future() for _ in self._places]
         keepers = [loop.create_task(self._keep(*each)) for each in zip(self._places, started, strict=True)]
         try:
             announcement, *_ = await asyncio.gather(*started)
+            await self._begin_catalog()
             if not self._stopping.is_set():
                 num = len(self._places)
                 announcement.show(self._settings.host, self._settings.port, http_port, num_workers=num)
@@ -106,7 +132,10 @@ class Supervisor:
                 with suppress(ProcessLookupError):
                     process.kill()
             await asyncio.gather(*keepers, *started, return_exceptions=True)
-            await http.cleanup()
+            if self._catalog is not None:
+                self._catalog.close()
+            for runner in self._runners:
+                await runner.cleanup()
 
     # ---- processes --------------------------------------------------------------------------------------------------
 
@@ -115,7 +144,11 @@ class Supervisor:
         delay_s = 0.0
         while True:
             try:
-                process, announcement = await self._start(place)
+                async with nullcontext() if self._catalog is None else self._catalog.is_changing:
+                    process, announcement = await self._start(place, await self._known())
+                    self._live[place] = _Live(place, process)
+                    if self._hands is not None:
+                        await self._hands.tell_broken()
             except ConfigError as error:
                 if not started.done():
                     started.set_exception(error)
@@ -134,8 +167,41 @@ class Supervisor:
                 return
             self._num_restarts += 1
 
-    async def _start(self, place: Place) -> tuple[Process, Announcement]:
-        """Start a worker and wait until it is ready. Raises ConfigError with what it says, or how it ended."""
+    async def _begin_catalog(self) -> None:
+        """Begin to follow the repository, and to answer workers that ask for it. All have just started."""
+        if self._stopping.is_set():
+            return
+        holdings = Holdings(storage=open_storage(self._settings))
+        self._hands = FleetHands(holdings, lambda: list(self._live.values()), self._stopping)
+        first, *others = await self._hands.known()
+        holdings.found, holdings.broken = from_rows(first["found"]), read_broken(first["broken"])
+        served = [set(from_rows(each["served"]).items()) for each in (first, *others)]
+        holdings.prints = dict(set.intersection(*served))
+        self._catalog = Catalog(self._settings, holdings, self._hands)
+        if strays := {key for each in served for key, _ in each} - holdings.prints.keys():  # changed in between
+            await self._hands.retire(strays)
+            await self._catalog.follow()
+        app = web.Application()
+        app.add_routes(catalog_routes(self._catalog))
+        runner, _ = await listen(app, self._settings, self._places[0].supervisor)
+        self._runners.append(runner)
+        self._catalog.watch()
+
+    async def _known(self) -> dict[str, Any]:
+        """What a worker that is started again is to begin with: what the others have."""
+        if self._hands is None or self._catalog is None:
+            return {}
+        retired: dict[Key, str] = {}
+        with suppress(Unavailable):
+            for known in await self._hands.known():
+                retired |= from_rows(known["retired"])
+        return {"wanted": as_rows(self._hands.served), "retired": as_rows(retired)}
+
+    async def _start(self, place: Place, more: dict[str, Any]) -> tuple[Process, Announcement]:
+        """Start a worker and wait until it is ready. Raises ConfigError with what it says, or how it ended.
+
+        more  of its order: what it is to begin with
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-P", "-m", "service.rpc.worker"),  # -P: nothing in the current folder takes a module's place
@@ -148,7 +214,7 @@ class Supervisor:
             process.terminate()
         assert process.stdin is not None  # noqa: S101  they are pipes
         assert process.stdout is not None  # noqa: S101
-        order = {"folder": str(place.folder), "index": place.index, "num_workers": place.num_workers}
+        order = {"folder": str(place.folder), "index": place.index, "num_workers": place.num_workers, **more}
         process.stdin.write(json.dumps({**order, "settings": self._settings.model_dump(mode="json")}).encode() + b"\n")
         report = await process.stdout.read()
         if report and (content := json.loads(report)).keys() == {"models", "broken"}:
@@ -163,7 +229,7 @@ class Supervisor:
         """Wait until a worker ends. Returns (how long it lived, how it ended)."""
         clock = asyncio.get_running_loop().time
         began = clock()
-        live = self._live[place] = _Live(place)
+        live = self._live[place]
         status = await process.wait()
         del self._live[place]
         self._past = merge([self._past, left_behind(live.page)])

@@ -23,6 +23,11 @@ from service.logs import log_to_stderr
 from service.repository import load_repository
 from service.rpc import server
 from service.rpc.announcement import announcement_of
+<<<<<<< HEAD
+=======
+from service.rpc.cli import log_to_stderr
+from service.rpc.fleet import from_rows
+>>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
 from service.rpc.peers import Place
 
 
@@ -47,8 +52,10 @@ def main() -> None:
         settings = settings.model_copy(update={"spill_store": store.with_name(f"{store.name}.{place.index}")})
     log_to_stderr(settings.log_level, settings.log_format, who=f"worker {place.index}")
     try:
-        loaded = load_repository(settings)
-        uvloop.run(server.run(settings, loaded, lambda _: report(**asdict(announcement_of(loaded))), place))
+        wanted = from_rows(order["wanted"]) if "wanted" in order else None
+        loaded = load_repository(settings, wanted=wanted)
+        retired = from_rows(order.get("retired", []))
+        uvloop.run(server.run(settings, loaded, lambda _: report(**asdict(announcement_of(loaded))), place, retired))
     except ConfigError as error:
         report(error=str(error), field=error.field)
         sys.exit(1)

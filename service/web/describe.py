@@ -12,8 +12,8 @@ import numpy as np
 
 from models.spec import LENGTHS, Golden, GoldenArray, Layout, TensorSpec
 from service.engine import Engine
+from service.holdings import Broken
 from service.lane import Lane
-from service.repository import Broken
 
 EXAMPLES = Path(__file__).parent / "examples"
 """A file for each task that ships, of real data: see README.md there."""

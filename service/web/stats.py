@@ -8,7 +8,7 @@ from typing import Any
 
 from service.engine import Engine
 from service.lane import Lane
-from service.repository import Broken
+from service.holdings import Broken
 
 Json = dict[str, Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from service.engine import Engine
-from service.repository import Broken
+from service.holdings import Broken
 from service.web.describe import describe_server, describe_whole
 from service.web.stats import stats_of
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 
@@ -117,14 +116,3 @@ def test_sequence_that_lives_nowhere(fleet: Fleet, stubs: Stubs) -> None:
     error = refused(stubs[0].ModelInfer, step("lstm", 404, np.zeros((1, 3), np.float32)))
     assert code_of(details(error)) == "NOT_FOUND"
     assert "send its first request with sequence_start=true" in error.details()
-
-
-def test_models_are_not_loaded_by_one_worker_alone(stubs: Stubs) -> None:
-    for call, message in (
-        (stubs[0].RepositoryModelLoad, pb.RepositoryModelLoadRequest(model_name="lstm")),
-        (stubs[0].RepositoryModelUnload, pb.RepositoryModelUnloadRequest(model_name="lstm")),
-    ):
-        with pytest.raises(grpc.RpcError) as caught:
-            call(message)
-        assert code_of(details(caught.value)) == "UNIMPLEMENTED"
-        assert "each of several workers" in caught.value.details()

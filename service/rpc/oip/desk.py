@@ -116,7 +116,7 @@ class Desk:
         inference.begin(plan, counts, outputs, wants_final=options.wants_final)
         _check_one_sequence(given)
         if self._movers is not None and (sequence is None or self._movers.is_moving(key)):
-            self._move(self._movers, key, plan, given, options, inference)
+            self._move(self._movers, request, key, plan, given, options, inference)
             return None
         if sequence is None:
             if not options.is_start:
@@ -136,7 +136,14 @@ class Desk:
         sequence.submit(self._engine, inference, given, options)
 
     def _move(
-        self, movers: Movers, key: Key, plan: InferPlan, given: Given, options: Options, inference: Inference
+        self,
+        movers: Movers,
+        request: pb.ModelInferRequest,
+        key: Key,
+        plan: InferPlan,
+        given: Given,
+        options: Options,
+        inference: Inference,
     ) -> None:
         """Take a step of a sequence that may live on another worker, or that others wait for already."""
         if options.is_start and (old := self._sequences.find_spelled(key, plan)) is not None:
@@ -146,9 +153,22 @@ class Desk:
         async def act() -> None:
             async with lock:
                 sequence = None if options.is_start else self._sequences.find_spelled(key, plan)
-                if sequence is None:
+                if sequence is not None:
+                    self._hand_in(sequence, given, options, inference)
+                    return
+                home = await movers.find_home(key, plan.lane)
+                if home is None or options.is_start:
+                    if home is not None:
+                        await movers.end_at(home, key)
                     sequence = await movers.bring(self._sequences, key, plan, options)
-                self._hand_in(sequence, given, options, inference)
+                    self._hand_in(sequence, given, options, inference)
+                    return
+                other, counts = self.plan(home)  # of a version that was replaced, on which it goes on
+                with self._engine.holding(home):
+                    there, outputs = other.read(request), other.pick_outputs(request)
+                    inference.begin(other, counts, outputs, wants_final=options.wants_final)
+                    sequence = await movers.bring(self._sequences, key, other, options)
+                    self._hand_in(sequence, there, options, inference)
 
         self._do(plan.lane, inference, act()).add_done_callback(lambda _: movers.release(key))
 

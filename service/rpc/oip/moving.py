@@ -10,6 +10,7 @@ import asyncio
 
 from service.engine import Engine
 from service.events import Event, Link
+from service.lane import Lane
 from service.rpc.handoff import Handoff, Mover
 from service.rpc.oip.options import Options
 from service.rpc.oip.sequences import Key, Sequence, SequenceTable
@@ -44,13 +45,42 @@ class Movers:
         if num > 1:
             self._turns[_name(key)] = lock, num - 1
 
+    async def find_home(self, key: Key, lane: Lane) -> Lane | None:
+        """Find another version than the one a request has found, on which its sequence lives on any worker.
+
+        There is none unless the model's version has just changed.
+        """
+        model, version, _ = key
+        others = [
+            each
+            for each in (*self._engine.lanes, *self._engine.besides(model))
+            if each.name == model and each is not lane and version in ("", str(each.version))
+        ]
+        if not self._engine.besides(model):
+            return None
+        home = next((each for each in others if each.has_any([_session_id(key)])), None)
+        if home is None:
+            home = await self._handoff.find_home(others, [_session_id(key)])
+        return home if home in (*self._engine.lanes, *self._engine.besides(model)) else None
+
+    async def end_at(self, lane: Lane, key: Key) -> None:
+        """End the sequence that lives on a version that was replaced, wherever it lived."""
+        terms = Terms(session_id=_session_id(key))
+        mover = self._handoff.mover(lane, [], emit_last=False)
+        with self._engine.holding(lane):
+            async with mover.brought([terms]):
+                if lane.find(terms, self._engine.clock()) is not None:
+                    link = Link(_ignore, [])
+                    handle, _, _ = mover.open(link, terms, self._engine.clock())
+                    lane.end(link.sessions[handle], SessionState.CLOSED)
+
     async def bring(self, table: SequenceTable, key: Key, plan: InferPlan, options: Options) -> Sequence:
         """Begin a sequence, in place of one that lives on any worker, or have the one that lives come here.
 
         Raises SessionNotFound where none lives and none is to begin, and SessionBusy, Unavailable and Exhausted.
         """
         lane = plan.lane
-        terms = Terms(session_id=f"inference/{key[2]!r}", resume_only=not options.is_start, priority=options.priority)
+        terms = Terms(session_id=_session_id(key), resume_only=not options.is_start, priority=options.priority)
         mover = self._handoff.mover(lane, plan.all_outputs, emit_last=False)
         async with mover.brought([terms]) as refused:
             for error in refused.values():
@@ -74,6 +104,11 @@ class Movers:
             link = Link(_ignore, plan.all_outputs)
             handle, _, _ = mover.open(link, terms, self._engine.clock())
             lane.end(link.sessions[handle], SessionState.CLOSED)
+
+
+def _session_id(key: Key) -> str:
+    """Name of a sequence's session."""
+    return f"inference/{key[2]!r}"
 
 
 _Name = tuple[str, int | str]

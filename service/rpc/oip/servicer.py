@@ -16,6 +16,7 @@ from service.facts import current
 from service.pb.inference import inference_pb2 as pb
 from service.pb.inference import inference_pb2_grpc as pb_grpc
 from service.rpc.catalog import Catalog
+from service.rpc.fleet import Forwarding
 from service.rpc.handlers import unary_handlers
 from service.rpc.handoff import Handoff
 from service.rpc.oip.describe import EXTENSIONS, config_of, index_of, metadata_of
@@ -42,7 +43,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     """Maps requests to the engine and results to responses."""
 
-    def __init__(self, engine: Engine, catalog: Catalog, handoff: Handoff | None = None) -> None:
+    def __init__(self, engine: Engine, catalog: Catalog | Forwarding, handoff: Handoff | None = None) -> None:
         self._engine = engine
         self._catalog = catalog
         self.desk = Desk(engine, handoff)
@@ -104,6 +105,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
                 f"parameter {min(request.parameters)}: models and configurations come from the repository alone; "
                 "put the model there and load it without parameters"
             )
+        self._engine.check_open()
         await self._catalog.load(request.model_name)
         return pb.RepositoryModelLoadResponse()
 
