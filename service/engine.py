@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,13 +19,14 @@ import numpy.typing as npt
 
 from service import express
 from service.config import Settings
-from service.errors import ModelNotFound, RunFailed, ServiceError, StatesLost, Unavailable
+from service.errors import RunFailed, ServiceError, StatesLost, Unavailable
 from service.events import Link, Steps
 from service.lane import Lane
 from service.policies import LeastServed
 from service.predict import Call, CallLine, PredictCall, Prediction, Sequences
 from service.runs import Run
 from service.scheduler import Batch
+from service.shelf import Shelf
 
 log = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
@@ -43,17 +43,14 @@ OUTLIER = 2.0
 times as long, and must not send those that follow to a thread."""
 
 
-class Engine:
+class Engine(Shelf):
     """Holds the lanes, and runs their batches."""
 
     def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
         self.settings = settings
         self.clock = clock
         self.is_draining = False
-        self._lanes: dict[str, dict[int, Lane]] = {}
-        self._retired: set[Lane] = set()
-        self._ready: set[Lane] = set()  # to be served
-        self._held: Counter[Lane] = Counter()
         self._waiting: dict[Lane, CallLine] = {}
         self._shares = LeastServed()
         self._links: set[Link] = set()  # of streams
@@ -72,90 +69,14 @@ class Engine:
 
     def prepare(self, lane: Lane) -> None:
         """Make room for the work of a model version, which finds it only once it is served."""
-        self._ready.add(lane)
+        super().prepare(lane)
         for each in _both(lane):
             self._waiting[each] = CallLine(each)
         self._costs |= {(lane, *size): seconds for size, seconds in lane.run_costs.items()}
 
-    def add(self, lane: Lane) -> None:
-        """Serve a model version; one of the same number is found no more, and is to be retired."""
-        if lane not in self._waiting:
-            self.prepare(lane)
-        self._ready.discard(lane)
-        self._lanes.setdefault(lane.name, {})[lane.version] = lane
-
-    @property
-    def lanes(self) -> list[Lane]:
-        """Served model versions in the order of name and version."""
-        return [lane for _, versions in sorted(self._lanes.items()) for _, lane in sorted(versions.items())]
-
-    @property
-    def live_lanes(self) -> list[Lane]:
-        """Those, and retired ones that are not yet forgotten; of two with one name and version that which is served."""
-        named = {(lane.name, lane.version): lane for lane in (*self._retired, *self.lanes)}
-        return [lane for _, lane in sorted(named.items())]
-
-    def lane(self, model: str, version: int = 0, *, or_retired: bool = False) -> Lane:
-        """Find a served model version; version 0 is the newest. Raises ModelNotFound, naming those there are.
-
-        or_retired  whether one on which something is still live will do
-        """
-        versions = self._lanes.get(model)
-        if or_retired and version not in (0, *(versions or ())):
-            for lane in self._retired:
-                if (lane.name, lane.version) == (model, version):
-                    return lane
-        if versions is None:
-            served = ", ".join(sorted(self._lanes)) or "none"
-            raise ModelNotFound(f"no model {model!r} is served; served: {served}", field="model")
-        if version == 0:
-            return versions[max(versions)]
-        if version not in versions:
-            served = ", ".join(map(str, sorted(versions)))
-            raise ModelNotFound(f"model {model!r} has no version {version}; served: {served}", field="version")
-        return versions[version]
-
-    def retire(self, lane: Lane) -> None:
-        """Find a model version no more; what is live on it, or has found it already, goes on."""
-        versions = self._lanes.get(lane.name, {})
-        if versions.get(lane.version) is lane:
-            del versions[lane.version]
-            if not versions:
-                del self._lanes[lane.name]
-        self._ready.discard(lane)
-        self._retired.add(lane)
-
-    @property
-    def retired(self) -> list[Lane]:
-        """Retired versions that are not yet forgotten, in the order of name and version."""
-        return sorted(self._retired, key=lambda lane: (lane.name, lane.version)) if self._retired else []
-
-    def besides(self, model: str) -> list[Lane]:
-        """Versions of a model that are here and not served: retired, or not yet served. Mostly there are none."""
-        return [lane for lane in (*self._retired, *self._ready) if lane.name == model]
-
-    def hold(self, lane: Lane) -> None:
-        """Count a version as used until it is released, though nothing may live on it meanwhile."""
-        self._held[lane] += 1
-
-    def release(self, lane: Lane) -> None:
-        """Give up a hold."""
-        self._held[lane] -= 1
-        if not self._held[lane]:
-            del self._held[lane]
-
-    @contextmanager
-    def holding(self, lane: Lane) -> Iterator[None]:
-        """Hold a version within the block."""
-        self.hold(lane)
-        try:
-            yield
-        finally:
-            self.release(lane)
-
     def is_used(self, lane: Lane) -> bool:
         """Whether anything lives, waits or runs in a lane, or it still has rows in the spill store."""
-        if lane in self._held:
+        if self.is_held(lane):
             return True
         for each in _both(lane):
             if each.sessions or each.inbox or self._waiting[each] or each.scheduler.num_queued_steps:
@@ -169,8 +90,7 @@ class Engine:
 
     def forget(self, lane: Lane) -> None:
         """Let go of a version that is retired, or was not to be served after all, and is not used."""
-        self._retired.discard(lane)
-        self._ready.discard(lane)
+        super().forget(lane)
         for each in _both(lane):
             del self._waiting[each]
         self._costs = {key: cost for key, cost in self._costs.items() if key[0] in self._waiting}
@@ -193,7 +113,7 @@ class Engine:
         """Raise Unavailable while the server drains, or where that model version is unloaded."""
         if self.is_draining:
             raise Unavailable("this server is stopping: use another one, or try again after a while", retry_after_s=1.0)
-        if lane in self._retired:
+        if lane is not None and self.is_retired(lane):
             raise Unavailable(
                 f"{lane.name}/{lane.version} is being unloaded: open a new stream, of a version that is served"
             )

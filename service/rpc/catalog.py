@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Protocol
 
@@ -38,11 +38,11 @@ class Hands(Protocol):
     async def load(self, key: Key, fingerprint: str) -> None:
         """Have a version ready that takes no work yet. Raises ModelBroken and its kin, and then nothing has changed."""
 
-    async def serve(self, key: Key) -> None:
-        """Let a version that is ready take work, in place of the one of the same number, which leaves."""
+    async def switch(self, serve: Collection[Key], retire: Collection[Key], grace_s: float) -> None:
+        """Let versions that are ready take work, in place of those of the same numbers, and let others leave, at once.
 
-    async def retire(self, keys: Collection[Key], grace_s: float = math.inf) -> None:
-        """Let versions leave that are served, or hurry them where they leave already, if there is a limit."""
+        grace_s  after which what is live on those that leave is ended; it hurries those that leave already
+        """
 
     async def leaving(self) -> dict[Key, int]:
         """Versions on their way out, and how many sessions are live on each."""
@@ -130,7 +130,7 @@ class Catalog:
             self._settling.believe(found.prints, name)
             holdings.take_faults(found)
             holdings.mend(of_model(holdings.broken_prints, name))
-            faults = await self._follow(name)
+            faults = await self._follow([name])
         if faults:
             raise ModelBroken("; ".join(f"version {version}: {error}" for (_, version), error in faults.items()))
 
@@ -146,7 +146,9 @@ class Catalog:
                 raise ModelNotFound(f"no model {name!r} is served; served: {others}", field="model_name")
             self._unloaded.add(name)
             leaving = [key for key in await self._hands.leaving() if key[0] == name]
-            await self._retire([*served, *leaving], self._settings.drain_s)
+            await self._hands.switch([], [*served, *leaving], self._settings.drain_s)
+            for key in served:
+                self._holdings.prints.pop(key, None)
 
     # ---- following the repository -----------------------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ class Catalog:
             was_broken = list(holdings.broken)
             holdings.take_faults(found)
             holdings.mend(key for key in holdings.broken_prints if key not in found.prints)
-            await self._follow()
+            await self._follow(self._models)
             if holdings.broken != was_broken:
                 await self._hands.tell_broken()
             self._first_seen = {key: self._first_seen[key] for key in believed if key in self._first_seen}
@@ -193,54 +195,58 @@ class Catalog:
             if self._first_seen.get(key, ("",))[0] != fingerprint:
                 self._first_seen[key] = (fingerprint, now)
 
+    @property
+    def _models(self) -> list[str]:
+        """Every model that is believed to be there, or is served."""
+        return sorted({model for model, _ in (*self._settling.believed, *self._holdings.prints)})
+
     async def follow(self) -> None:
         """Load and retire what is to be of what is believed of the repository already."""
         async with self.is_changing:
-            await self._follow()
+            await self._follow(self._models)
 
-    async def _follow(self, model: str | None = None) -> dict[Key, ServiceError]:
-        """Load and retire what is to be, of one model or of all. Returns what could not be loaded, and why."""
+    async def _follow(self, models: Iterable[str]) -> dict[Key, ServiceError]:
+        """Load and retire what is to be of some models. Returns what could not be loaded, and why."""
         faults: dict[Key, ServiceError] = {}
-        tried = self._holdings.broken_prints
-        while True:
-            found, served = self._settling.believed, self._holdings.prints
-            if model is not None:
-                found, served = of_model(found, model), of_model(served, model)
-            todo = changes(found, served, tried, self._settings.version_policy, self._unloaded)
-            if not todo.load or self._hands.is_stopping:
-                break
-            for key in todo.load:
-                tried[key] = found[key]
-                try:
-                    await self._load(key, found[key])
-                except (ModelBroken, RepositoryUnreachable, ConfigError) as error:
-                    log.error("%s/%d can't be loaded: %s", *key, error)
-                    self._holdings.add_broken(key, error, found[key])
-                    faults[key] = error
-                await self._hands.tell_broken()
-        if todo.retire:
-            await self._retire(todo.retire, self._settings.retire_s or math.inf)
+        for model in models:
+            faults |= await self._follow_one(model)
         return faults
 
-    async def _load(self, key: Key, fingerprint: str) -> None:
-        """Serve a version, in place of the one of the same number. Raises ModelBroken and its kin."""
-        began, self._loading = time.monotonic(), key
-        try:
-            await self._hands.load(key, fingerprint)
-        finally:
-            self._loading = None
-        await self._hands.serve(key)
-        self._holdings.prints[key] = fingerprint
-        self._holdings.mend([key])
-        now = time.monotonic()
-        known_as, seen_at = self._first_seen.get(key, ("", began))
-        waited_s = now - (seen_at if known_as == fingerprint else began)
-        log.info("%s/%d is served, %.2f s after it was seen; %.2f s of them to load it", *key, waited_s, now - began)
-
-    async def _retire(self, keys: list[Key], grace_s: float) -> None:
-        for key in keys:
-            self._holdings.prints.pop(key, None)
-        await self._hands.retire(keys, grace_s)
+    async def _follow_one(self, model: str) -> dict[Key, ServiceError]:
+        holdings, faults, loaded = self._holdings, dict[Key, ServiceError](), dict[Key, float]()
+        found, served = of_model(self._settling.believed, model), of_model(holdings.prints, model)
+        tried = of_model(holdings.broken_prints, model)
+        while not self._hands.is_stopping:
+            todo = changes(found, served, tried, self._settings.version_policy, self._unloaded)
+            if not todo.load:
+                break
+            for key in todo.load:
+                tried[key], self._loading, began = found[key], key, time.monotonic()
+                try:
+                    await self._hands.load(key, found[key])
+                except (ModelBroken, RepositoryUnreachable, ConfigError) as error:
+                    log.error("%s/%d can't be loaded: %s", *key, error)
+                    holdings.add_broken(key, error, found[key])
+                    faults[key] = error
+                else:
+                    served[key], loaded[key] = found[key], time.monotonic() - began
+                    holdings.mend([key])
+                finally:
+                    self._loading = None
+        else:
+            return faults
+        if loaded or todo.retire:
+            await self._hands.switch(loaded, todo.retire, self._settings.retire_s or math.inf)
+            holdings.prints.update({key: served[key] for key in loaded})
+            for key in todo.retire:
+                holdings.prints.pop(key, None)
+        if loaded or faults:
+            await self._hands.tell_broken()
+        for key, load_s in loaded.items():
+            known_as, seen_at = self._first_seen.get(key, ("", math.inf))
+            waited_s = max(time.monotonic() - seen_at, load_s) if known_as == found[key] else load_s
+            log.info("%s/%d is served, %.2f s after it was seen; %.2f s of them to load it", *key, waited_s, load_s)
+        return faults
 
     def close(self) -> None:
         """Follow nothing more: the server stops."""

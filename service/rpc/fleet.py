@@ -39,8 +39,8 @@ if TYPE_CHECKING:  # it imports onnxruntime, which a supervisor has no use for
 log = logging.getLogger(__name__)
 ALIVE_S, PATIENCE_S = 30.0, 3600.0
 """Time in which a worker begins to answer, or it is ended; and longest that it may take to load a version."""
-LOAD, DROP, SERVE = "/models/load", "/models/drop", "/models/serve"
-RETIRE, TELL, KNOWN = "/models/retire", "/models/tell", "/models/known"
+LOAD, DROP, SWITCH = "/models/load", "/models/drop", "/models/switch"
+TELL, KNOWN = "/models/tell", "/models/known"
 """Routes of a worker: what the supervisor has it do."""
 ASK_LOAD, ASK_UNLOAD, ASK_INDEX = "/catalog/load", "/catalog/unload", "/catalog/index"
 """Routes of the supervisor: what a worker asks for."""
@@ -87,13 +87,10 @@ class FleetHands:
             await self._order(DROP, key=key)
             raise
 
-    async def serve(self, key: Key) -> None:
-        """Let a version that is ready take work."""
-        await self._order(SERVE, key=key)
-
-    async def retire(self, keys: Collection[Key], grace_s: float = math.inf) -> None:
-        """Let versions leave."""
-        await self._order(RETIRE, keys=list(keys), grace_s=grace_s if math.isfinite(grace_s) else None)
+    async def switch(self, serve: Collection[Key], retire: Collection[Key], grace_s: float) -> None:
+        """Let versions that are ready take work, and let others leave."""
+        grace = grace_s if math.isfinite(grace_s) else None
+        await self._order(SWITCH, serve=list(serve), retire=list(retire), grace_s=grace)
 
     async def leaving(self) -> dict[Key, int]:
         """Versions on their way out, and how many sessions are live on each."""
@@ -142,7 +139,7 @@ class Obeying:
 
     def routes(self) -> list[web.RouteDef]:
         """What the supervisor says."""
-        acts = {LOAD: self._load, DROP: self._drop, SERVE: self._serve, RETIRE: self._retire}
+        acts = {LOAD: self._load, DROP: self._drop, SWITCH: self._switch}
         return _routes({**acts, TELL: self._tell, KNOWN: self._tell_known})
 
     async def _load(self, order: dict[str, Any]) -> None:
@@ -151,12 +148,9 @@ class Obeying:
     async def _drop(self, order: dict[str, Any]) -> None:
         self._hands.drop(tuple(order["key"]))
 
-    async def _serve(self, order: dict[str, Any]) -> None:
-        await self._hands.serve(tuple(order["key"]))
-
-    async def _retire(self, order: dict[str, Any]) -> None:
-        grace_s = math.inf if order["grace_s"] is None else order["grace_s"]
-        await self._hands.retire([tuple(key) for key in order["keys"]], grace_s)
+    async def _switch(self, order: dict[str, Any]) -> None:
+        serve, retire = ([tuple(key) for key in order[name]] for name in ("serve", "retire"))
+        await self._hands.switch(serve, retire, math.inf if order["grace_s"] is None else order["grace_s"])
 
     async def _tell(self, order: dict[str, Any]) -> None:
         self._loaded.broken[:] = read_broken(order["broken"])

@@ -65,16 +65,21 @@ class OwnHands:
         if (lane := self._ready.pop(key, None)) is not None:
             self._engine.forget(lane)
 
-    async def serve(self, key: Key) -> None:
-        """Let a version that is ready take work, in place of the one of the same number, which leaves."""
-        if (lane := self._ready.pop(key, None)) is None:
-            return  # it is served
-        replaced = self._find(key)
-        self._loaded.lanes.append(lane)
-        self._engine.add(lane)
-        await self._set_health(key)
-        if replaced is not None:
-            self.retirer.begin(replaced, self._engine.settings.retire_s or math.inf)
+    async def switch(self, serve: Collection[Key], retire: Collection[Key], grace_s: float) -> None:
+        """Let versions that are ready take work, and let others leave, in one turn of the loop."""
+        late = self.retirer.leaving if math.isfinite(grace_s) else []
+        leaving = [lane for lane in (*self._engine.lanes, *late) if (lane.name, lane.version) in retire]
+        for key in serve:
+            if (lane := self._ready.pop(key, None)) is None:
+                continue  # it is served
+            if (replaced := self._find(key)) is not None:
+                leaving.append(replaced)
+            self._loaded.lanes.append(lane)
+            self._engine.add(lane)
+        for lane in leaving:
+            self.retirer.begin(lane, grace_s)
+        for key in {*serve, *((lane.name, lane.version) for lane in leaving)}:
+            await self._set_health(key)
 
     async def begin_retired(self, key: Key, fingerprint: str) -> None:
         """Load a version for sessions that may come to it from others, but for nothing new. Raises as `load`."""
@@ -82,13 +87,6 @@ class OwnHands:
         if (lane := self._ready.pop(key, None)) is not None:
             self._loaded.lanes.append(lane)
             self.retirer.begin(lane)
-
-    async def retire(self, keys: Collection[Key], grace_s: float = math.inf) -> None:
-        """Let versions leave that are served, or hurry them where they leave already, if there is a limit."""
-        late = self.retirer.leaving if math.isfinite(grace_s) else []
-        for lane in [each for each in (*self._engine.lanes, *late) if (each.name, each.version) in keys]:
-            self.retirer.begin(lane, grace_s)
-            await self._set_health((lane.name, lane.version))
 
     async def leaving(self) -> dict[Key, int]:
         """Versions on their way out, and how many sessions are live on each."""

@@ -16,17 +16,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from service.changes import Prints
 from service.config import Settings
 from service.engine import Engine
-<<<<<<< HEAD
-from service.errors import ConfigError
-from service.repository import Broken, Loaded
-from service.rpc.access import AccessLog, HttpAccessLog
-from service.rpc.calls import CallInterceptor, CallObserver
-=======
 from service.errors import ConfigError, ServiceError
 from service.holdings import Broken
 from service.repository import Loaded
-from service.rpc.calls import CallInterceptor
->>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
+from service.rpc.access import AccessLog, HttpAccessLog
+from service.rpc.calls import CallInterceptor, CallObserver
 from service.rpc.catalog import Catalog
 from service.rpc.fleet import Forwarding, Obeying
 from service.rpc.handoff import Handoff
@@ -75,14 +69,6 @@ class Server:
             self._handoff = Handoff(self.engine, [Peer(each.path) for each in place.siblings], place.index)
         self._ages = ConnectionAges.of(settings)
         self._native = SequenceServicer(self.engine, loaded.broken, self._handoff, self._ages)
-<<<<<<< HEAD
-        # A call to load or unload reaches one of several workers alone.
-        self.catalog = Catalog(self.engine, loaded, self._health, can_change=place is None)
-        self._inference = InferenceServicer(self.engine, self.catalog, self._handoff)
-        self.catalog.retirer.streams = (self._native,)
-        self.catalog.retirer.keepers = (self._native.forget, self._inference.desk.forget)
-        self._sockets = Sockets(self._native, settings.max_message_bytes)
-=======
         self.hands = OwnHands(self.engine, loaded, self._health)
         if self._handoff is not None:
             self.hands.retirer.is_used_elsewhere = self._handoff.is_used_elsewhere
@@ -92,7 +78,7 @@ class Server:
         self._inference = InferenceServicer(self.engine, self._supervisor or self.catalog, self._handoff)
         self.hands.retirer.streams = (self._native,)
         self.hands.retirer.keepers = (self._native.forget, self._inference.desk.forget)
->>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
+        self._sockets = Sockets(self._native, settings.max_message_bytes)
         self._calls = CallTally()
         self._tracing = tracing_of(settings, None if place is None else place.index)
         self._observers: list[CallObserver] = [] if settings.access_log == "off" else [AccessLog()]

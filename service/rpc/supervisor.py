@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -23,13 +24,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from service.changes import Key
 from service.config import Settings
-<<<<<<< HEAD
-from service.errors import ConfigError
-from service.rpc.access import HttpAccessLog
-=======
 from service.errors import ConfigError, Unavailable
 from service.holdings import Holdings, open_storage
->>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
+from service.rpc.access import HttpAccessLog
 from service.rpc.announcement import Announcement
 from service.rpc.catalog import Catalog
 from service.rpc.fleet import FleetHands, as_rows, catalog_routes, from_rows, read_broken
@@ -108,12 +105,8 @@ class Supervisor:
         if self._settings.page:
             relay = Relay(lambda: [worker.peer for worker in self._live.values()], self._settings.max_message_bytes)
             add_page(app, self._settings, relay.routes())
-<<<<<<< HEAD
         http, http_port = await listen(app, self._settings, access_log=HttpAccessLog)
-=======
-        http, http_port = await listen(app, self._settings)
         self._runners.append(http)
->>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
         started = [loop.create_future() for _ in self._places]
         keepers = [loop.create_task(self._keep(*each)) for each in zip(self._places, started, strict=True)]
         try:
@@ -179,7 +172,7 @@ class Supervisor:
         holdings.prints = dict(set.intersection(*served))
         self._catalog = Catalog(self._settings, holdings, self._hands)
         if strays := {key for each in served for key, _ in each} - holdings.prints.keys():  # changed in between
-            await self._hands.retire(strays)
+            await self._hands.switch([], strays, math.inf)
             await self._catalog.follow()
         app = web.Application()
         app.add_routes(catalog_routes(self._catalog))

@@ -23,11 +23,7 @@ from service.logs import log_to_stderr
 from service.repository import load_repository
 from service.rpc import server
 from service.rpc.announcement import announcement_of
-<<<<<<< HEAD
-=======
-from service.rpc.cli import log_to_stderr
 from service.rpc.fleet import from_rows
->>>>>>> c73dbcc (Change the models of all workers alike: calls, --watch, and sessions that move though their version is retired)
 from service.rpc.peers import Place
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.engine import Engine
-from service.lane import Lane
 from service.holdings import Broken
+from service.lane import Lane
 
 Json = dict[str, Any]
 
