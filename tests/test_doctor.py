@@ -40,6 +40,17 @@ def environment(monkeypatch):
     return monkeypatch.setenv
 
 
+@pytest.fixture(scope="session")
+def runtime():
+    """What is found of this machine's onnxruntime, in a process of its own, once."""
+    return trial.examine()
+
+
+@pytest.fixture(autouse=True)
+def examined_once(monkeypatch, runtime):
+    monkeypatch.setattr(providers, "examine", lambda: runtime)
+
+
 def examined(*arguments):
     """Run the command on free ports: (exit code, findings by name)."""
     free = ("--port", "0", "--http-port", "0") if "--port" not in arguments else ()
@@ -91,6 +102,11 @@ def test_the_model_that_providers_run_is_an_lstm_of_ones():
     assert [numpy_helper.to_array(each).tolist() for each in model.graph.initializer] == [[[[1.0]] * 4]] * 2
     gate = 1 / (1 + math.exp(-1))
     assert math.isclose(gate * math.tanh(gate * math.tanh(1)), trial.EXPECTED, rel_tol=1e-6)
+
+
+def test_what_is_found_in_another_process_is_what_is_so(runtime):
+    assert runtime == trial.look()
+    assert dict(runtime.faults)[trial.CPU] == ""
 
 
 def test_a_provider_that_leaves_the_work_to_the_cpu_does_not_work():
@@ -195,6 +211,15 @@ def test_without_onnxruntime_and_torch_it_says_what_to_install(without, reposito
     assert "pip install 'rnnserve[train]'" in found["train"]["advice"]
     assert "onnxruntime" not in found["packages"]["text"]
     assert "lstm/1" not in found
+
+
+def test_an_extra_that_a_setting_needs_is_a_problem_if_it_is_missing(without):
+    extras = ("s3fs", "opentelemetry_sdk", "opentelemetry_exporter_otlp")
+    code, found = without(extras, "--otlp-endpoint", "http://localhost:4317")
+    assert code == 1
+    assert found["otel"]["level"] == "problem"
+    assert "s3" not in found
+    assert "pip install 'rnnserve[otel]'" in found["otel"]["advice"]
 
 
 def test_two_builds_of_onnxruntime_at_once_are_a_problem(without, repository):

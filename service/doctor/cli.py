@@ -52,7 +52,7 @@ def examine(flags: dict[str, Any], config: Path | None) -> Iterator[Finding]:
     """Look at everything."""
     from service.config import load_settings, sources_of
     from service.doctor.machine import check_machine
-    from service.doctor.packages import check_packages
+    from service.doctor.packages import asked_extras, check_packages
     from service.doctor.providers import check_providers
     from service.doctor.settings import check_ports, check_repository, check_tls, check_variables
     from service.errors import ConfigError
@@ -65,7 +65,7 @@ def examine(flags: dict[str, Any], config: Path | None) -> Iterator[Finding]:
         yield from check_packages(is_serving=False)
         yield Finding("settings", error.field or "settings", Level.PROBLEM, str(error), "mend that, then ask again")
         return
-    yield from check_packages(is_serving=is_serving)
+    yield from check_packages(is_serving=is_serving, asked=asked_extras(settings))
     is_chosen = sources["provider"] != "default"
     found = list(check_providers(settings.provider, is_serving=is_serving, is_chosen=is_chosen))
     yield from found

@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, distributions, requires, version
 
+from service.config import Settings
 from service.doctor.findings import Finding, Level, fault
 
 AREA = "installed"
@@ -18,14 +19,30 @@ RUNTIME = re.compile(r"onnxruntime(-[a-z0-9]+)*")
 NOT_RUNTIME = {"onnxruntime-extensions", "onnxruntime-genai", "onnxruntime-tools", "onnxruntime-training-api"}
 WHAT_FOR = {
     "train": "to train, export and import models",
-    "tensorboard": "for rnnserve train --tensorboard",
-    "otel": "for traces, rnnserve serve --otlp-endpoint",
+    "otel": "for traces, --otlp-endpoint",
+    "s3": "for a repository at s3://",
+    "gcs": "for a repository at gs://",
+    "azure": "for a repository at abfs://",
 }
-"""Extras that are offered where they are missing; cpu and gpu are told of by the module that they share."""
+"""What extras are for; cpu and gpu are told of by the module that they share."""
+OFFERED = {"train"}
+"""Extras that are told of though no setting needs them."""
+STORES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+"""Extras by the protocol of a repository's URL."""
 
 
-def check_packages(*, is_serving: bool) -> Iterator[Finding]:
-    """Look at what is installed; is_serving: whether onnxruntime is needed."""
+def asked_extras(settings: Settings) -> set[str]:
+    """Name the extras that settings need."""
+    protocol = str(settings.repository).partition("://")[0]
+    return ({"otel"} if settings.otlp_endpoint else set()) | ({STORES[protocol]} if protocol in STORES else set())
+
+
+def check_packages(*, is_serving: bool, asked: Collection[str] = ()) -> Iterator[Finding]:
+    """Look at what is installed.
+
+    is_serving  whether onnxruntime is needed
+    asked       extras that are
+    """
     python = f"{platform.python_implementation()} {platform.python_version()}"
     where = f"{python} at {sys.executable}, {platform.system()} {platform.machine()}"
     yield Finding(AREA, "rnnserve", Level.OK, f"rnnserve {version('rnnserve')}, {where}")
@@ -34,14 +51,11 @@ def check_packages(*, is_serving: bool) -> Iterator[Finding]:
     yield from _check_runtimes(is_serving)
     yield _check_stubs()
     for extra, purpose in WHAT_FOR.items():
-        if missing := [name for name in _required(extra) if _version(name) is None]:
-            yield Finding(
-                AREA,
-                extra,
-                Level.NOTE,
-                f"of the extra [{extra}], not installed: {', '.join(missing)}",
-                f"{purpose}: pip install 'rnnserve[{extra}]'",
-            )
+        missing = [name for name in _required(extra) if _version(name) is None]
+        if missing and (extra in asked or extra in OFFERED):
+            text = f"of the extra [{extra}], not installed: {', '.join(missing)}"
+            advice = f"{purpose}: pip install 'rnnserve[{extra}]'"
+            yield Finding(AREA, extra, fault(extra in asked), text, advice)
 
 
 def _check_runtimes(is_serving: bool) -> Iterator[Finding]:
@@ -55,6 +69,9 @@ def _check_runtimes(is_serving: bool) -> Iterator[Finding]:
             "onnxruntime is not installed: this is enough for a client, and not to serve",
             "to serve: pip install 'rnnserve[cpu]', or 'rnnserve[gpu]' on a machine with an NVIDIA GPU",
         )
+    elif _version("onnx") is None:
+        text, advice = "onnx is not installed, which models with a model.toml need", "to serve such: pip install onnx"
+        yield Finding(AREA, "onnx", Level.NOTE, text, advice)
     if len(runtimes) > 1:
         yield Finding(
             AREA,

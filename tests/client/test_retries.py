@@ -18,6 +18,7 @@ from service.pb.inference import inference_pb2
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from tests.client.front import fault, fronted
 from tests.client.proxy import proxied
+from tests.generating import save, tokens
 from tests.onnx_models import build
 from tests.serving import serving
 
@@ -108,6 +109,24 @@ def test_what_can_never_fit_is_sent_once(repository):
         with Client(front.address) as flaky, pytest.raises(ResourceExhausted, match="max_queued_steps"):
             flaky.predict("lstm", [np.zeros((600, 3), np.float32)])
         assert front.attempts["Predict"] == [0]
+
+
+def test_generation_is_tried_again_until_it_has_begun(tmp_path):
+    save(tokens(begin=True), tmp_path, "begun")
+
+    def ids(client):
+        return [made.ids.tolist() for made in client.generate("begun", seed=7, temperature=1.0)]
+
+    with serving(tmp_path) as running, fronted(running.address) as front, Client(running.address) as direct:
+        expected = ids(direct)
+        with Client(front.address) as flaky:
+            front.faults["Generate"] = [fault(UNAVAILABLE)]
+            assert ids(flaky) == expected
+            assert front.attempts["Generate"] == [0, 1]
+            front.breaks_after = [2]  # what it begins with, and an output
+            with pytest.raises(Unavailable):
+                ids(flaky)
+            assert front.attempts["Generate"] == [0, 1, 0]
 
 
 # Streams
