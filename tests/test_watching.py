@@ -202,6 +202,17 @@ def test_same_files_written_again_are_loaded_again_and_nothing_else(watched: Wat
     assert watched.served.lane("m") is not lane
 
 
+def test_every_file_of_a_version_counts_but_hidden_ones(watched: Watched, root: Path) -> None:
+    lane = watched.served.lane("m")
+    (root / "m" / "1" / ".notes").touch()
+    watched.look()
+    assert watched.served.lane("m") is lane
+    (root / "m" / "1" / "data").mkdir()
+    (root / "m" / "1" / "data" / "weights").touch()
+    watched.look()
+    assert watched.served.lane("m") is not lane
+
+
 def test_version_that_is_gone_gives_its_place_to_the_one_below(watched: Watched, root: Path) -> None:
     save(root, "m", 2)
     assert watched.look() == ["m/2"]

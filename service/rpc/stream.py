@@ -220,8 +220,9 @@ class Stream:
         handle = link.num_opened
         try:
             # What a stream begins with goes on even where its version was retired a moment ago, as what is live does.
-            is_live = is_first or (terms.session_id and self._lane.has_any([terms.session_id]))
-            self._engine.check_open(None if is_live else self._lane)
+            is_retired = not is_first and self._engine.is_retired(self._lane)
+            is_new = is_retired and not (terms.session_id and self._lane.has_any([terms.session_id]))
+            self._engine.check_open(self._lane if is_new else None)
             handle, position, was_live = self._open_session(link, terms, now, given)
         except ServiceError as error:
             link.num_opened = handle + 1
