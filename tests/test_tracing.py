@@ -28,7 +28,7 @@ from service.rpc import otel
 from service.rpc.tracing import MAX_RUNS
 from tests.generating import save, tokens
 from tests.oip.calls import step
-from tests.rpc import Requests, frame, open_stream, sequences
+from tests.rpc import Requests, frame, open_stream, predict, sequences
 from tests.single import Single, single
 from tests.workers import fleet_of, wait_until
 
@@ -233,6 +233,28 @@ def test_the_span_of_a_stream_tells_of_its_sessions_and_stays_small(traced):
     assert sum(each.name == "queue" for each in children) == len(numbers)
 
 
+def test_of_many_events_the_last_are_kept(traced):
+    server, collector = traced
+    bad = np.full((1, 3), np.nan, np.float32)
+    asked = [open_stream("lstm", sessions=[pb.SessionOpen() for _ in range(200)]), frame(bad, handles=[0])]
+    with server.stub() as stub:
+        list(stub.StreamPredict(iter(asked)))
+    span = collector.wait_for(f"{NATIVE}/StreamPredict")
+    assert (len(span.events), span.dropped_events_count) == (128, 2 * 200 + 1 - 128)
+    assert {event.name for event in span.events} == {"session closed"}
+
+
+def test_steps_that_are_refused_are_told_of(traced):
+    server, collector = traced
+    with server.stub() as stub:
+        list(stub.StreamPredict(iter([open_stream("lstm"), frame(np.full((1, 3), np.nan, np.float32))])))
+    span = collector.wait_for(f"{NATIVE}/StreamPredict")
+    assert [(event.name, attributes(event)) for event in span.events][1] == (
+        "steps refused",
+        {"rnnserve.handle": 0, "rnnserve.position": 0, "rnnserve.reason": "BAD_VALUE"},
+    )
+
+
 def test_generate_tells_of_its_first_output_and_of_its_encoder(traced):
     server, collector = traced
     source = pb.Tensor(name="x", data=np.array([3, 4, 5, 1], np.int64).tobytes(), lengths=[3, 1])
@@ -284,41 +306,6 @@ def test_what_fails_says_how_and_the_servers_faults_are_errors(traced, model, co
     assert told.get("rpc.method_original") == ("of.a/Stranger" if model is None else None)
 
 
-def test_the_caller_decides_what_is_sampled_and_the_log_names_the_trace_anyway(models, collector):
-    with single(
-        models, "--log-format", "json", "--access-log", "calls", OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, **SOON
-    ) as server:
-        with server.stub() as stub:
-            stub.ListModels(pb.ListModelsRequest(), metadata=UNSAMPLED)
-            stub.GetModel(pb.GetModelRequest(model="lstm"), metadata=SAMPLED)
-        collector.wait_for(f"{NATIVE}/GetModel")
-        assert server.stop() == 0
-        told = {line["method"]: line for line in server.lines() if line["message"] == "call"}
-    assert [span.name for span in collector.spans] == [f"{NATIVE}/GetModel"]
-    assert {line["trace_id"] for line in told.values()} == {TRACE}
-    assert told[f"{NATIVE}/GetModel"]["span_id"] == collector.spans[0].span_id.hex()
-
-
-def test_the_variables_of_opentelemetry_are_heard(models, collector):
-    variables = {
-        "OTEL_SERVICE_NAME": "pumps",
-        "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test,service.instance.id=mine",
-        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
-    }
-    with single(models, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, **SOON, **variables) as server:
-        with server.stub() as stub:
-            stub.ListModels(pb.ListModelsRequest())
-            stub.GetModel(pb.GetModelRequest(model="lstm"), metadata=SAMPLED)
-        collector.wait_for(f"{NATIVE}/GetModel")
-    assert len(collector.spans) == 1
-    [resource] = collector.resources
-    assert (resource["service.name"], resource["service.instance.id"], resource["deployment.environment.name"]) == (
-        "pumps",
-        "mine",
-        "test",
-    )
-
-
 def test_nothing_is_sent_when_opentelemetrys_variables_say_so(models, collector, monkeypatch):
     variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_SDK_DISABLED": "true", **SOON}
     with single(models, **variables) as server:
@@ -360,14 +347,56 @@ def test_our_client_passes_on_where_its_caller_is_in_a_trace(traced):
     assert parents == {names[0]: "", **dict.fromkeys(names[1:], PARENT)}
 
 
-def test_what_is_recorded_is_exported_when_the_server_ends(models, collector):
-    late = {"OTEL_BSP_SCHEDULE_DELAY": "600000"}
-    with single(models, "--otlp-endpoint", collector.url, **late) as server:
+def test_the_variables_are_heard_the_caller_decides_and_the_log_names_the_trace_anyway(models, collector):
+    variables = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_SERVICE_NAME": "pumps",
+        "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test,service.instance.id=mine",
+        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+    }
+    with single(models, "--log-format", "json", "--access-log", "calls", **SOON, **variables) as server:
         with server.stub() as stub:
-            stub.GetModel(pb.GetModelRequest(model="lstm"))
-        assert collector.requests == []
+            stub.ListModels(pb.ListModelsRequest(), metadata=UNSAMPLED)
+            predict(stub, "lstm", sequences(1, 1, 2, 2))
+            stub.GetModel(pb.GetModelRequest(model="lstm"), metadata=SAMPLED)
+        collector.wait_for(f"{NATIVE}/GetModel")
         assert server.stop() == 0
-    assert [span.name for span in collector.spans] == [f"{NATIVE}/GetModel"]
+        told = {line["method"].rpartition("/")[2]: line for line in server.lines() if line["message"] == "call"}
+    [span] = collector.spans
+    assert span.trace_id.hex() == told["ListModels"]["trace_id"] == told["GetModel"]["trace_id"] == TRACE
+    assert told["GetModel"]["span_id"] == span.span_id.hex()
+    [resource] = collector.resources
+    assert (resource["service.name"], resource["service.instance.id"], resource["deployment.environment.name"]) == (
+        "pumps",
+        "mine",
+        "test",
+    )
+
+
+def test_over_http_and_at_the_end_of_the_server(models):
+    received: list[tuple[str, collector_pb.ExportTraceServiceRequest]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            received.append((self.path, collector_pb.ExportTraceServiceRequest.FromString(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    late = {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "600000"}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever).start()
+        with single(models, "--otlp-endpoint", f"http://127.0.0.1:{http.server_port}", **late) as server:
+            with server.stub() as stub:
+                stub.GetModel(pb.GetModelRequest(model="lstm"))
+            assert received == []
+            assert server.stop() == 0
+        http.shutdown()
+    [(path, request)] = received
+    assert path == "/v1/traces"
+    assert request.resource_spans[0].scope_spans[0].spans[0].name == f"{NATIVE}/GetModel"
 
 
 def test_a_dead_collector_does_no_harm(models):
@@ -384,31 +413,6 @@ def test_a_dead_collector_does_no_harm(models):
         said = [(line["logger"], line["message"].split("retrying")[0]) for line in server.lines()]
     assert len(said) < 8, said
     assert len(set(said)) == len(said)
-
-
-def test_over_http_too(models):
-    received: list[tuple[str, collector_pb.ExportTraceServiceRequest]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            received.append((self.path, collector_pb.ExportTraceServiceRequest.FromString(body)))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        threading.Thread(target=http.serve_forever).start()
-        url = f"http://127.0.0.1:{http.server_port}"
-        with single(models, "--otlp-endpoint", url, OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf", **SOON) as server:
-            with server.stub() as stub:
-                stub.GetModel(pb.GetModelRequest(model="lstm"))
-            wait_until(lambda: bool(received))
-        http.shutdown()
-    [(path, request)] = received
-    assert path == "/v1/traces"
-    assert request.resource_spans[0].scope_spans[0].spans[0].name == f"{NATIVE}/GetModel"
 
 
 def test_each_worker_exports_by_itself(repository, tmp_path, collector, monkeypatch):

@@ -372,6 +372,7 @@ class Stream:
                 status=status_of(event.error),
                 expected_position=event.expected,
             )
+            self._facts.note("steps refused", handle=event.handle, position=event.position, reason=event.error.reason)
             self._count_event()
         elif event.state is not SessionState.OPEN:
             reason = pb.CLOSE_REASON_TAKEN_OVER if event.is_taken_over else CLOSE_REASONS[event.state]
