@@ -12,12 +12,14 @@ import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 
+from service.errors import RunFailed
 from service.facts import CALL, CallFacts
 from service.logs import SELDOM_S, log_to_stderr
 from service.pb.inference import inference_pb2_grpc as oip_grpc
@@ -26,6 +28,7 @@ from service.pb.rnnserve.v1 import rnnserve_pb2_grpc as pb_grpc
 from tests.generating import save, tokens
 from tests.oip.calls import step
 from tests.rpc import details, frame, open_stream, predict, sequences
+from tests.serving import serving
 from tests.single import Single, single
 from tests.workers import fleet_of, wait_until
 
@@ -131,6 +134,26 @@ def test_what_a_library_says_again_and_again_is_said_once_in_a_while(logged, mon
         "opentelemetry.exporter: no collector",
         "opentelemetry.exporter: no collector repeated=2",
     ]
+
+
+def test_a_run_is_logged_as_no_calls_own(logged, models):
+    stream = logged("json")
+    with serving(models) as served:
+
+        def fail(*_: object) -> NoReturn:
+            raise RunFailed("out of memory")
+
+        served.lane("lstm").runner.run = fail
+        with served.stub() as stub, pytest.raises(grpc.RpcError) as caught:
+            predict(stub, "lstm", sequences(1, 1, 2, 2))
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    [line] = map(json.loads, stream.getvalue().splitlines())
+    assert (line["message"], line["model"], line["version"]) == (
+        "a run of lstm with 1 rows failed: out of memory",
+        "lstm",
+        1,
+    )
+    assert "request_id" not in line
 
 
 # ---- a real server --------------------------------------------------------------------------------------------------
