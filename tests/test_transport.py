@@ -38,19 +38,19 @@ OPEN = open_stream("lstm", sessions=[pb.SessionOpen()]).SerializeToString()
 
 
 def test_a_silent_client_is_pinged_for_as_long_as_it_answers_and_then_given_up(repository: Path) -> None:
-    with serving(repository, keepalive_s=0.1, keepalive_timeout_s=0.2) as served, wire(served.address) as client:
+    with serving(repository, keepalive_s=0.1, keepalive_timeout_s=1.0) as served, wire(served.address) as client:
         client.call(STREAM, OPEN, ends=False)
         client.read_until("data")
         lane = served.lane("lstm")
         began = time.monotonic()
         while client.pings < 5:
             client.read(1.0)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 5
         assert not client.is_closed
         assert served.on_loop(lambda: lane.slab.num_allocated) == 1
         client.answers_pings = False
-        served.wait_until(lambda: lane.slab.num_allocated == 0, 3.0)
-        client.read_until("is_closed", 3.0)
+        served.wait_until(lambda: lane.slab.num_allocated == 0, 5.0)
+        client.read_until("is_closed", 5.0)
 
 
 def test_connections_without_calls_are_checked_unless_idle_pings_are_off(repository: Path) -> None:
@@ -109,9 +109,9 @@ def test_a_connection_without_calls_is_closed_and_the_next_call_makes_another(re
 
 def test_an_old_connection_is_told_in_band_and_ends_after_its_grace(repository: Path) -> None:
     (x,) = sequences(1, 1, 4, 4)
-    with serving(repository, max_connection_age_s=0.5, max_connection_age_grace_s=0.5) as served, served.stub() as stub:
+    with serving(repository, max_connection_age_s=1.0, max_connection_age_grace_s=0.5) as served, served.stub() as stub:
         stub.GetModel(pb.GetModelRequest(model="lstm"))  # the connection's age counts from here
-        time.sleep(0.25)
+        time.sleep(0.6)  # or the stream's own age would do as well
         requests = Requests()
         responses = stub.StreamPredict(iter(requests), timeout=10)
         requests.put(open_stream("lstm"))
@@ -119,7 +119,7 @@ def test_an_old_connection_is_told_in_band_and_ends_after_its_grace(repository: 
         began = time.monotonic()
         while not received.drains:
             received.take(next(responses))
-        assert time.monotonic() - began < 0.35
+        assert time.monotonic() - began < 0.7
         assert received.drains[0].grace.ToMilliseconds() == 500
         requests.put(frame(x))  # it is still served
         while len(received.steps[0]) < 4:
