@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -143,6 +144,33 @@ def test_stream_is_told_that_it_may_go_on_without_a_limit(root: Path) -> None:
         received.take_all(answers)
         np.testing.assert_array_equal(received.rows(0), run_alone(root, "m", first))
         assert "m/1 is being unloaded: open a new stream" in received.sessions[-1].status.message
+
+
+async def test_gateway_is_told_to_open_what_is_new_elsewhere(root: Path) -> None:
+    xs = sequences(6, 2, 6, 6)
+    async with serving_here(root, **LATEST) as server, AsyncClient(f"127.0.0.1:{server.port}") as client:
+        async with client.gateway("m") as gateway:
+            events = gateway.receive()
+            first = gateway.open()
+            await gateway.send({first: xs[0][:3]})
+            rows = []
+            while sum(map(len, rows)) < 3:
+                rows += [each.output(entry) for each in [await anext(events)] for entry in range(len(each.handles))]
+            build("gru", layers=2, seed=2).save(root, "m", 2)
+            for _ in range(2):
+                await server.catalog.look()
+            assert (await anext(events)).drain_s == math.inf
+            gateway.open()
+            await gateway.send({first: xs[0][3:]})
+            opened = []
+            while sum(map(len, rows)) < 6:
+                event = await anext(events)
+                opened += event.opened
+                rows += [event.output(entry) for entry in range(len(event.handles))]
+            np.testing.assert_array_equal(np.concatenate(rows), run_alone(root, "m", xs[0]))
+            assert "m/1 is being unloaded: open a new stream" in str(opened[-1].error)
+        async with client.gateway("m") as gateway:
+            assert (gateway.version, gateway.model.version) == (2, 2)
 
 
 def test_sessions_end_where_a_limit_is_set(root: Path) -> None:
