@@ -177,6 +177,24 @@ def test_replaced_file_is_served_in_place_of_the_one_before(watched: Watched, ro
     assert watched.names == ["m/1"]
 
 
+@pytest.mark.parametrize(("begun_with", "goes_on_with"), [("", "1"), ("1", "")])
+def test_sequence_goes_on_though_its_version_is_spelled_otherwise(
+    watched: Watched, root: Path, begun_with: str, goes_on_with: str
+) -> None:
+    [x] = sequences(1, 1, 6, 6)
+    with stub_of(watched.served) as stub:
+        first = step_of("m", 7, x[:2], sequence_start=True)
+        first.model_version = begun_with
+        rows = [array(stub.ModelInfer(first))[0]]
+        save(root, "m", 2)
+        assert watched.look() == ["m/2"]
+        for part, flags in ((x[2:4], {}), (x[4:], {"sequence_end": True})):
+            message = step_of("m", 7, part, **flags)
+            message.model_version = goes_on_with
+            rows.append(array(stub.ModelInfer(message))[0])
+    np.testing.assert_array_equal(np.concatenate(rows), run_alone(root, "m", x))
+
+
 def test_broken_replacement_leaves_what_is_served(watched: Watched, root: Path) -> None:
     [x] = sequences(1, 1, 6, 6)
     before = run_alone(root, "m", x)

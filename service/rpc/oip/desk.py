@@ -95,7 +95,7 @@ class Desk:
 
     def _step(self, request: pb.ModelInferRequest, options: Options, inference: Inference) -> Meaning | None:
         key: Key = (request.model_name, request.model_version, options.sequence_id)
-        sequence = None if options.is_start else self._sequences.find(key)
+        sequence = None if options.is_start else self._sequences.find(key) or self._find_retired(key)
         if sequence is not None:
             plan, counts = self.plan(sequence.plan.lane)
         else:
@@ -128,6 +128,15 @@ class Desk:
         goes_on = not (options.is_start or options.is_end)
         if goes_on and plan.takes_any_bytes and given.lengths is None and len(request.raw_input_contents) == 1:
             return Meaning(sequence, given.form, outputs, options)
+        return None
+
+    def _find_retired(self, key: Key) -> Sequence | None:
+        """Find a sequence of a version that is served no more, which was begun with its other spelling."""
+        for lane in self._engine.besides(key[0]):
+            if key[1] in ("", str(lane.version)):
+                sequence = self._sequences.find_spelled(key, self.plan(lane)[0])
+                if sequence is not None:
+                    return sequence
         return None
 
     def _hand_in(self, sequence: Sequence, given: Given, options: Options, inference: Inference) -> None:
