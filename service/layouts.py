@@ -64,12 +64,12 @@ def rank_of(value: onnx.ValueInfoProto) -> int | None:
 
 
 def size_of(value: onnx.ValueInfoProto, axis: int) -> int | None:
-    """Size of an axis, or None where it is dynamic."""
+    """Size of an axis, or None where it is dynamic, which some exporters write as 0 or -1."""
     rank = rank_of(value)
     if rank is None or axis >= rank:
         return None
-    dim = value.type.tensor_type.shape.dim[axis]
-    return dim.dim_value if dim.HasField("dim_value") else None
+    size = value.type.tensor_type.shape.dim[axis].dim_value
+    return size if size > 0 else None
 
 
 def shape_text(value: onnx.ValueInfoProto) -> str:

@@ -9,7 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import ModelBroken
 
@@ -18,8 +19,20 @@ DESCRIPTION_FILE = "model.toml"
 
 Positive = Annotated[int, Field(gt=0)]
 Axis = Annotated[int, Field(ge=0)] | Literal["none"]
-Scalar = bool | int | float
-Constant = Scalar | list[Scalar] | list[list[Scalar]]
+
+
+def _numbers(given: Any) -> Any:
+    try:
+        is_of_numbers = np.array(given).dtype.kind in "biuf" and np.array(given).size
+    except ValueError:  # lists of different lengths
+        is_of_numbers = False
+    if not is_of_numbers:
+        raise ValueError("expected a number of 64 bits, true, false, or lists of them, all of one length")
+    return given
+
+
+Constant = Annotated[Any, AfterValidator(_numbers)]
+"""A number or truth value, or lists of them as a tensor has them."""
 
 
 class _Frozen(BaseModel):
@@ -124,6 +137,16 @@ class Description(_Frozen):
             raise ValueError("outputs: none is answered")
         return self
 
+    def answered(self, output: str) -> str:
+        """Name that clients see of an output."""
+        return self.outputs[output].name or output
+
+    def next_of(self, state: str) -> str:
+        """Name that clients see of a state's next value: the graph's, unless something else has it."""
+        name = self.states[state].next
+        others = {*map(self.answered, self.outputs), *self.inputs, *self.states}
+        return f"{state}.next" if name in others else name
+
 
 def read_description(path: Path) -> Description:
     """Read a model.toml. Raises ModelBroken, which names the key at fault."""
@@ -141,12 +164,17 @@ def describe(values: dict[str, Any], source: str) -> Description:
     try:
         return Description.model_validate(values)
     except ValidationError as error:
-        faults = []
-        for each in error.errors()[:5]:
-            # A union's members are named behind the key; they are no part of it.
-            key = ".".join(
-                str(part) for part in each["loc"] if not str(part).startswith(("constrained", "literal", "list["))
-            )
-            what = "is no key here" if each["type"] == "extra_forbidden" else each["msg"].removeprefix("Value error, ")
-            faults.append(f"{key or 'the file'}: {what}")
-        raise ModelBroken(f"{source}: {'; '.join(faults)}") from error
+        raise ModelBroken(f"{source}: {faults_of(error)}") from error
+
+
+def faults_of(error: ValidationError) -> str:
+    """Say what is wrong, and with which keys."""
+    faults = []
+    for each in error.errors()[:5]:
+        # A union's members are named behind the key; they are no part of it.
+        key = ".".join(
+            str(part) for part in each["loc"] if not str(part).startswith(("constrained", "literal", "list["))
+        )
+        what = "is no key here" if each["type"] == "extra_forbidden" else each["msg"].removeprefix("Value error, ")
+        faults.append(f"{key or 'the file'}: {what}")
+    return "; ".join(faults)

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 CONTEXT = "context."
 """Begins the name of the state that keeps an input's context."""
 _INSIDE = "model/"
-"""Begins the name of everything that was in the graph: around it, inputs and outputs have those names."""
+"""Begins the name of everything that was in the graph: around it, inputs and outputs have those names.
+
+So that nothing is named twice, whatever names those are, a made-up name begins with what it is.
+"""
+_AROUND, _STEP = "around/", "a step/"
+"""Begin names of what the graphs around it and of a step have of their own."""
 _BATCH, _TIME = "batch", "time"
 
 
@@ -55,16 +60,16 @@ class Wrapper:
         self, inputs: Mapping[str, Lie], outputs: Mapping[str, Lie], states: Mapping[str, Lie]
     ) -> onnx.GraphProto:
         """Put a graph that takes lengths into batch-first layout."""
-        says, part = self._says, Part(self._onnx)
+        says, part = self._says, Part(self._onnx, _AROUND)
         for name, layout in (*inputs.items(), *states.items()):
             part.to_model(name, _INSIDE + name, layout)
         lengths = self._takes[says.lengths]
         part.node("Cast", [LENGTHS], _INSIDE + says.lengths, to=lengths.type.tensor_type.elem_type)
         part.take(self._inside())
         for name, layout in outputs.items():
-            part.from_model(_INSIDE + name, says.outputs[name].name or name, layout)
+            part.from_model(_INSIDE + name, says.answered(name), layout)
         for name, layout in states.items():
-            part.from_model(_INSIDE + says.states[name].next, says.states[name].next, layout)
+            part.from_model(_INSIDE + says.states[name].next, says.next_of(name), layout)
         return part.graph("adopted", self._values(inputs, outputs, states))
 
     def _scan(
@@ -78,8 +83,9 @@ class Wrapper:
         dtypes = {name: value.type.tensor_type.elem_type for name, value in {**self._takes, **self._gives}.items()}
 
         # ---- the body: one step of every sequence
-        body = Part(onnx, prefix="step/")
-        body.node("Less", ["step/t", LENGTHS], "step/goes on")
+        body = Part(onnx, _STEP)
+        time, goes_on = f"{_STEP}time", f"{_STEP}goes on"
+        body.node("Less", [time, LENGTHS], goes_on)
         kept: list[tuple[str, str, int, tuple[int, ...]]] = []  # (before, after, type, row) of what is carried along
         for name in (*inputs, *states):
             layout = inputs.get(name) or states[name]
@@ -90,41 +96,41 @@ class Wrapper:
         body.take(self._inside())
         results = []
         for name, layout in states.items():
-            following = f"step/{name}/next"
+            following = f"next/{name}"
             body.from_model(_INSIDE + says.states[name].next, following, layout)
             kept.append((f"step/{name}", following, dtypes[name], layout.row))
         for name, layout in outputs.items():
-            made = f"step/{name}/made"
+            made = f"made/{name}"
             body.from_model(_INSIDE + name, made, layout)
             if name in finals:
-                kept.append((f"step/{name}/before", made, dtypes[name], layout.row))
+                kept.append((f"before/{name}", made, dtypes[name], layout.row))
             else:
                 results.append((made, dtypes[name], layout.row))
-        after = [(body.where("step/goes on", new, old, row), kind, row) for old, new, kind, row in kept]
+        after = [(body.where(goes_on, new, old, row, kind), kind, row) for old, new, kind, row in kept]
         value = onnx.helper.make_tensor_value_info
         inner = body.graph(
             "step",
             (
                 [value(old, kind, (_BATCH, *row)) for old, _, kind, row in kept]
                 + [value(f"step/{name}", dtypes[name], (_BATCH, *inputs[name].row)) for name in stepped]
-                + [value("step/t", onnx.TensorProto.INT32, ())],
+                + [value(time, onnx.TensorProto.INT32, ())],
                 [value(name, kind, (_BATCH, *row)) for name, kind, row in (*after, *results)],
             ),
         )
 
         # ---- around it
-        outer = Part(onnx)
-        shape = outer.node("Shape", [stepped[0]], "shape")
-        steps = outer.node("Gather", [shape, outer.weight("time axis", np.array(1))], "steps")
-        steps = outer.node("Cast", [steps], "steps/int32", to=onnx.TensorProto.INT32)
+        outer = Part(onnx, _AROUND)
+        shape = outer.node("Shape", [stepped[0]], f"{_AROUND}shape")
+        steps = outer.node("Gather", [shape, outer.weight("time axis", np.array(1))], f"{_AROUND}steps")
+        steps = outer.node("Cast", [steps], f"{_AROUND}int32 steps", to=onnx.TensorProto.INT32)
         ends = [outer.weight(f"ends/{n}", np.array(n, dtype=np.int32)) for n in (0, 1)]
-        times = outer.node("Range", [ends[0], steps, ends[1]], "times")
-        finals_before = {f"step/{name}/before": self._blank(outer, shape, name, outputs[name]) for name in finals}
+        times = outer.node("Range", [ends[0], steps, ends[1]], f"{_AROUND}times")
+        finals_before = {f"before/{name}": self._blank(outer, shape, name, outputs[name]) for name in finals}
         before = [finals_before.get(old) or old.removeprefix("step/") for old, *_ in kept]
-        names = {f"step/{name}": says.states[name].next for name in states}
+        names = {f"step/{name}": says.next_of(name) for name in states}
         names |= {f"step/{CONTEXT}{name}": f"{CONTEXT}{name}.next" for name in contexts}
-        names |= {f"step/{name}/before": says.outputs[name].name or name for name in finals}
-        answered = [says.outputs[name].name or name for name in outputs if name not in finals]
+        names |= {f"before/{name}": says.answered(name) for name in finals}
+        answered = [says.answered(name) for name in outputs if name not in finals]
         outer.nodes.append(
             onnx.helper.make_node(
                 "Scan",
@@ -146,9 +152,9 @@ class Wrapper:
         new = f"step/{name}"
         if layout.entries is None:
             new = body.reshape(new, (-1, 1, *layout.rest))
-        both = body.node("Concat", [f"step/{CONTEXT}{name}", new], f"step/{name}/both", axis=1)
+        both = body.node("Concat", [f"step/{CONTEXT}{name}", new], f"both/{name}", axis=1)
         bounds = [body.weight(f"{name}/{n}", np.array([n])) for n in (-context, 2**31 - 1, 1)]
-        last = body.node("Slice", [both, *bounds], f"step/{name}/last")
+        last = body.node("Slice", [both, *bounds], f"last/{name}")
         kept.append((f"step/{CONTEXT}{name}", last, kind, (context, *layout.rest)))
         return both
 
@@ -156,11 +162,11 @@ class Wrapper:
         """Zeros [batch, *row], which an output of whole sequences begins with."""
         dtype = DTYPES[self._gives[name].type.tensor_type.elem_type]
         batch = part.node(
-            "Slice", [shape, *(part.weight(f"{name}/{n}", np.array([n])) for n in (0, 1))], f"{name}/batch"
+            "Slice", [shape, *(part.weight(f"{name}/{n}", np.array([n])) for n in (0, 1))], f"batch/{name}"
         )
         row = part.weight(f"{name}/row", np.array(layout.row, dtype=np.int64))
-        whole = part.node("Concat", [batch, row], f"{name}/shape", axis=0)
-        return part.node("Expand", [part.weight(f"{name}/zero", np.zeros((), dtype)), whole], f"{name}/blank")
+        whole = part.node("Concat", [batch, row], f"shape/{name}", axis=0)
+        return part.node("Expand", [part.weight(f"{name}/zero", np.zeros((), dtype)), whole], f"blank/{name}")
 
     def _inside(self) -> onnx.GraphProto:
         """The graph with its constants in it, all under names of its own."""
@@ -169,7 +175,7 @@ class Wrapper:
         for name, given in self._says.constants.items():
             value = self._takes[name]
             sizes = [size_of(value, axis) for axis in range(rank_of(value) or 0)]
-            array = np.array(given, dtype=dtype_of(value, f"constants.{name}"))
+            array = _constant(name, given, dtype_of(value, f"constants.{name}"))
             if rank_of(value) is not None and (
                 array.ndim != len(sizes) or any(a not in (None, b) for a, b in zip(sizes, array.shape, strict=True))
             ):
@@ -198,12 +204,12 @@ class Wrapper:
         takes = [value(n, kind(self._takes[n]), dims(says.inputs[n].per, each)) for n, each in inputs.items()]
         takes.append(value(LENGTHS, int32, (_BATCH,)))
         gives = [
-            value(says.outputs[n].name or n, kind(self._gives[n]), dims(says.outputs[n].per, each))
+            value(says.answered(n), kind(self._gives[n]), dims(says.outputs[n].per, each))
             for n, each in outputs.items()
         ]
         for name, layout in states.items():
             takes.append(value(name, kind(self._takes[name]), (_BATCH, *layout.row)))
-            gives.append(value(says.states[name].next, kind(self._takes[name]), (_BATCH, *layout.row)))
+            gives.append(value(says.next_of(name), kind(self._takes[name]), (_BATCH, *layout.row)))
         for name, entry in says.inputs.items():
             if entry.context:
                 row = (_BATCH, entry.context, *inputs[name].rest)
@@ -215,7 +221,8 @@ class Wrapper:
 class Part:
     """A graph under construction."""
 
-    def __init__(self, onnx: Any, prefix: str = "") -> None:
+    def __init__(self, onnx: Any, prefix: str) -> None:
+        """Prepare; names of its constants begin with the prefix."""
         self._onnx = onnx
         self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
@@ -235,25 +242,30 @@ class Part:
 
     def reshape(self, name: str, shape: Sequence[int], gives: str = "") -> str:
         """Reshape; returns the name of the result."""
-        gives = gives or f"{name}/{'x'.join(map(str, shape))}"
-        return self.node("Reshape", [name, self.weight(f"{gives}/shape", np.array(shape, dtype=np.int64))], gives)
+        gives = gives or f"{'x'.join(map(str, shape))}/{name}"
+        return self.node("Reshape", [name, self.weight(f"shape/{gives}", np.array(shape, dtype=np.int64))], gives)
 
-    def where(self, holds: str, new: str, old: str, row: Sequence[int]) -> str:
+    def where(self, holds: str, new: str, old: str, row: Sequence[int], kind: int) -> str:
         """Take rows of `new` where `holds` [batch] is true, and of `old` elsewhere."""
-        wide = self.reshape(holds, (-1, *[1] * len(row)), f"{new}/{holds}")
-        return self.node("Where", [wide, new, old], f"{new}/kept")
+        wide, kept = self.reshape(holds, (-1, *[1] * len(row)), f"wide/{new}"), f"kept/{new}"
+        types = self._onnx.TensorProto
+        if kind != types.BOOL:
+            return self.node("Where", [wide, new, old], kept)
+        # onnxruntime has no Where of truth values.
+        new, old = (self.node("Cast", [each], f"int32/{each}", to=types.INT32) for each in (new, old))
+        return self.node("Cast", [self.node("Where", [wide, new, old], f"int32/{kept}")], kept, to=types.BOOL)
 
     def to_model(self, name: str, gives: str, layout: Lie, *, context: int = 0) -> None:
         """From [batch, *row], or [batch, time, *row] where a call has all steps, to what the graph takes."""
         has_batch, has_time = layout.batch != "none", layout.time != "none"
         entries = (layout.entries or 1) + context
         if has_time and not layout.in_one_call and not has_batch:
-            name = self.reshape(name, (entries, *layout.rest), f"{gives}/alone")
+            name = self.reshape(name, (entries, *layout.rest), f"alone/{gives}")
         elif has_time and not layout.in_one_call and layout.entries is None and not context:
-            name = self.reshape(name, (-1, 1, *layout.rest), f"{gives}/step")
+            name = self.reshape(name, (-1, 1, *layout.rest), f"one/{gives}")
         elif not has_batch:
             name = self.reshape(
-                name, ((-1,) if layout.in_one_call and has_time else ()) + layout.rest, f"{gives}/alone"
+                name, ((-1,) if layout.in_one_call and has_time else ()) + layout.rest, f"alone/{gives}"
             )
         self.node("Transpose", [name], gives, perm=layout.permutation)
 
@@ -261,7 +273,7 @@ class Part:
         """The inverse of to_model."""
         perm = layout.permutation
         inverse = [perm.index(axis) for axis in range(len(perm))]
-        canonical = self.node("Transpose", [name], f"{gives}/canonical", perm=inverse)
+        canonical = self.node("Transpose", [name], f"canonical/{gives}", perm=inverse)
         has_time = layout.time != "none" and layout.in_one_call
         self.reshape(canonical, (-1, *layout.row) if not has_time else (0, -1, *layout.row), gives)
 
@@ -277,6 +289,16 @@ class Part:
             made.initializer.extend(each.initializer)
             made.sparse_initializer.extend(each.sparse_initializer)
         return made
+
+
+def _constant(name: str, given: Any, dtype: str) -> np.ndarray[Any, Any]:
+    """Make an input's constant value. Raises ModelBroken where its type can't hold it."""
+    array = np.array(given)
+    with np.errstate(invalid="ignore"):
+        fitting = array.astype(dtype)
+    if not dtype.startswith("float") and not np.array_equal(fitting, array):
+        raise ModelBroken(f"constants.{name}: {given} is not of the input's type, {dtype}")
+    return fitting
 
 
 def _prefix(graph: onnx.GraphProto) -> None:

@@ -1,0 +1,287 @@
+"""Graphs from elsewhere that are put together in odd ways: served as they are, or refused with what to change."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from service.client import Client
+from service.config import load_settings
+from service.repository import load_repository
+from tests import foreign
+from tests.foreign import FEATURES, HIDDEN, Foreign, Rows
+from tests.lanes import equal
+from tests.rpc import sequences
+from tests.serving import serving
+from tests.test_adapter import LSTM_STATES, TIMED, describe, fault_of
+
+ROW = ["b", 3]
+SUM = '[inputs.x]\n[outputs.y]\n[states.s]\nnext = "s_out"\n'
+SCALED = SUM + "[constants]\nscale = "
+
+
+def running_sum(path: Path, names: tuple[str, str, str, str] = ("x", "s", "y", "s_out"), **options: int) -> Path:
+    """A state that every input is added to, and its value as the answer."""
+    x, state, y, following = names
+    it = Foreign()
+    it.node("Add", [x, state], following)
+    it.node("Identity", [following], y)
+    return it.save(path, [(x, ROW), (state, ROW)], [(y, ROW), (following, ROW)], **options)
+
+
+def scaled_sum(path: Path, kind: int = TensorProto.FLOAT) -> Path:
+    """The same with a constant of some type that scales inputs."""
+    it = Foreign()
+    it.node("Mul", ["x", it.node("Cast", ["scale"], "factor", to=TensorProto.FLOAT)], "scaled")
+    it.node("Add", ["scaled", "s"], "s_out")
+    it.node("Identity", ["s_out"], "y")
+    return it.save(path, [("x", ROW), ("s", ROW), ("scale", kind, [])], [("y", ROW), ("s_out", ROW)])
+
+
+def xs_of(width: int = 3) -> list[Rows]:
+    return sequences(7, 4, 1, 12, features=width)
+
+
+NAMES = [
+    ("lengths of it", "shape", "steps", "times"),
+    ("t", "time", "batch", "goes on"),
+    ("x", "x/next", "x/made", "x/before"),
+    ("step/t", "steps/int32", "weight/time axis", "shape/y"),
+]
+
+
+def test_names_never_clash(tmp_path: Path) -> None:
+    for number, names in enumerate(NAMES):
+        x, state, y, following = names
+        text = f'[inputs."{x}"]\n[outputs."{y}"]\n[states."{state}"]\nnext = "{following}"\n'
+        running_sum(describe(tmp_path, f"it{number}", text), names)
+    with serving(tmp_path) as served, Client(served.address) as client:
+        for number, names in enumerate(NAMES):
+            for y, x in zip(client.predict(f"it{number}", xs_of()), xs_of(), strict=True):
+                np.testing.assert_allclose(y, np.cumsum(x, axis=0), rtol=1e-5, atol=1e-6)
+            assert [t.name for t in client.model(f"it{number}").inputs] == [names[0]]
+
+
+def test_an_output_that_is_a_state_or_an_input_too(tmp_path: Path) -> None:
+    """Answered, and carried on; a state that is given on as it is; an input that is given back."""
+    it = Foreign()
+    it.node("Add", ["x", "s"], "s_out")
+    it.node("Identity", ["kept"], "unused")
+    text = '[inputs.x]\n[outputs.s_out]\n[outputs.x]\nname = "echo"\n[states.s]\nnext = "s_out"\n'
+    text += '[states.kept]\nnext = "kept"\n'
+    takes = [("x", ROW), ("s", ROW), ("kept", ROW)]
+    it.save(describe(tmp_path, "it", text), takes, [("s_out", ROW), ("x", ROW), ("kept", ROW)])
+    with serving(tmp_path) as served, Client(served.address) as client:
+        answers = client.predict("it", xs_of(), outputs=["s_out", "echo"], return_state=True)
+        for sums, echo, x in zip(answers.outputs["s_out"], answers.outputs["echo"], xs_of(), strict=True):
+            np.testing.assert_allclose(sums, np.cumsum(x, axis=0), rtol=1e-5, atol=1e-6)
+            equal(echo, x)
+        np.testing.assert_allclose(answers.states["s"][1], np.sum(xs_of()[1], axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["BOOL", "INT32", "INT64", "DOUBLE"])
+def test_states_of_every_type(tmp_path: Path, kind: str) -> None:
+    """Kept as they were past a sequence's end, as an output of the sequence is."""
+    it, number = Foreign(), TensorProto.DataType.Value(kind)
+    it.node("Or" if kind == "BOOL" else "Add", ["x", "s"], "s_out")
+    it.node("Identity", ["s_out"], "y")
+    text = SUM.replace("[outputs.y]", '[outputs.y]\nper = "sequence"')
+    values = [(name, number, ROW) for name in ("x", "s", "y", "s_out")]
+    it.save(describe(tmp_path, "it", text), values[:2], values[2:])
+    dtype = helper.tensor_dtype_to_np_dtype(number)
+    xs = [np.random.default_rng(n).integers(2, size=(n, 3)).astype(dtype) for n in (1, 9, 4)]
+    with serving(tmp_path) as served, Client(served.address) as client:
+        for y, x in zip(client.predict("it", xs), xs, strict=True):
+            equal(y, x.any(axis=0) if kind == "BOOL" else x.sum(axis=0, dtype=dtype))
+
+
+def bidirectional(path: Path, *, lengths: bool) -> Path:
+    it = Foreign()
+    it.node("Transpose", ["input"], "x", perm=[1, 0, 2])
+    widths = {"W": FEATURES, "R": HIDDEN}
+    weights = [it.weight(name, 2, 4 * HIDDEN, width) for name, width in widths.items()]
+    takes = ["x", *weights, it.weight("B", 2, 8 * HIDDEN), *(["lens"] if lengths else [])]
+    it.node("LSTM", takes, "Y", hidden_size=HIDDEN, direction="bidirectional")
+    it.node("ReduceSum", ["Y", it.constant("one", 1)], "both", keepdims=0)
+    it.node("Transpose", ["both"], "y", perm=[1, 0, 2])
+    given = [("lens", TensorProto.INT32, ["b"])] if lengths else []
+    return it.save(path, [("input", ["b", "t", FEATURES]), *given], [("y", ["b", "t", HIDDEN])])
+
+
+def test_sequences_are_given_whole_to_what_reads_from_their_end(tmp_path: Path) -> None:
+    path = describe(tmp_path, "it", 'lengths = "lens"\n[inputs.input]\ntime_axis = 1\n[outputs.y]\ntime_axis = 1\n')
+    bidirectional(path, lengths=True)
+    with serving(tmp_path, max_chunk_steps=2) as served, Client(served.address) as client:
+        for y, x in zip(client.predict("it", xs_of()), xs_of(), strict=True):
+            wanted = foreign.run(path, {"input": x[None], "lens": np.array([len(x)], np.int32)})["y"][0]
+            np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
+        assert client.model("it").step_mode == "buffered"
+
+
+def test_one_that_reads_from_the_end_and_knows_no_lengths_is_refused(tmp_path: Path) -> None:
+    bidirectional(
+        describe(tmp_path, "it", "[inputs.input]\ntime_axis = 1\n[outputs.y]\ntime_axis = 1\n"), lengths=False
+    )
+    assert "it can't be stepped: a bidirectional LSTM reads a sequence from its end" in fault_of(tmp_path)
+
+
+def test_old_operators_and_weights_among_inputs(tmp_path: Path) -> None:
+    """Squeeze with axes as an attribute; initializers that are listed as inputs, as IR 3 wants them."""
+    it = Foreign()
+    it.node("MatMul", ["frame", it.weight("U", FEATURES, HIDDEN)], "fed")
+    it.node("Add", ["fed", it.node("Squeeze", ["memory"], "flat", axes=[1])], "total")
+    it.node("Unsqueeze", [it.node("Tanh", ["total"], "score")], "memory_out", axes=[1])
+    state = ["b", 1, HIDDEN]
+    path = describe(tmp_path, "it", '[inputs.frame]\n[outputs.score]\n[states.memory]\nnext = "memory_out"\n')
+    takes = [("frame", ["b", FEATURES]), ("memory", state), ("U", [FEATURES, HIDDEN])]
+    it.save(path, takes, [("score", ["b", HIDDEN]), ("memory_out", state)], opset=11)
+    model = onnx.load(path)
+    model.ir_version = 3
+    onnx.save(model, path)
+    [x] = sequences(3, 1, 9, 9, features=FEATURES)
+    with serving(tmp_path) as served, Client(served.address) as client:
+        memory, wanted = np.zeros((1, 1, HIDDEN), np.float32), []
+        for step in x:
+            answer = foreign.run(path, {"frame": step[None], "memory": memory})
+            memory = answer["memory_out"]
+            wanted.append(answer["score"][0])
+        np.testing.assert_allclose(client.predict("it", [x])[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_digest_is_of_the_weights_too(tmp_path: Path) -> None:
+    path = describe(tmp_path, "it", TIMED)
+    model = onnx.load(foreign.lstm(path))
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=64)
+    digests = set()
+    for _ in range(2):
+        [lane] = load_repository(load_settings({"repository": tmp_path})).lanes
+        digests.add(lane.backend.digest)
+        weights = path.with_name("weights.bin")
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x3e")
+    assert len(digests) == 2
+
+
+def refused(folder: Path, text: str, words: str) -> None:
+    """The model there can't be served and says so, and another beside it is served."""
+    (folder / "it" / "1" / "model.toml").write_text(text)
+    running_sum(describe(folder, "sound", SUM))
+    loaded = load_repository(load_settings({"repository": folder}))
+    assert [lane.name for lane in loaded.lanes] == ["sound"]
+    [broken] = loaded.broken
+    assert words in str(broken.error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [
+        ("INT64", "9223372036854775808000", "constants.scale: expected a number of 64 bits, true, false, or lists"),
+        (
+            "FLOAT",
+            "[[1, 2], [3]]",
+            "constants.scale: expected a number of 64 bits, true, false, or lists of them, all of",
+        ),
+        ("FLOAT", '"1"', "constants.scale: expected a number"),
+        ("FLOAT", "[]", "constants.scale: expected a number"),
+        ("INT32", "2147483648", "constants.scale: 2147483648 is not of the input's type, int32"),
+        ("INT64", "1.5", "constants.scale: 1.5 is not of the input's type, int64"),
+        ("INT64", "inf", "constants.scale: inf is not of the input's type, int64"),
+        ("BOOL", "2", "constants.scale: 2 is not of the input's type, bool"),
+        ("FLOAT16", "1.0", "constants.scale: its element type 10 (of onnx.TensorProto) can't travel"),
+    ],
+)
+def test_constants_that_their_inputs_can_not_hold(tmp_path: Path, kind: str, value: str, words: str) -> None:
+    scaled_sum(describe(tmp_path, "it", ""), TensorProto.DataType.Value(kind))
+    refused(tmp_path, SCALED + value + "\n", words)
+
+
+def npy(array: Rows) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04abc",
+        b"\x93NUMPY\x01\x00\x10\x00" + b"{" * 16,
+        npy(np.zeros(3, np.float32))[:-2],
+        npy(np.zeros(3, np.float32)).replace(b"(3,), }         ", b"(300000000000,),}"),
+    ],
+    ids=["empty", "zip", "header", "short", "huge"],
+)
+def test_initial_states_that_can_not_be_read(tmp_path: Path, content: bytes) -> None:
+    path = running_sum(describe(tmp_path, "it", ""))
+    path.with_name("begin.npy").write_bytes(content)
+    refused(tmp_path, SUM + 'initial = "begin.npy"\n', "states.s.initial: begin.npy can't be read: ")
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "words"),
+    [
+        (
+            ("lengths", "s", "y", "s_out"),
+            SUM.replace(".x", ".lengths"),
+            "inputs.lengths: the server has an input of that",
+        ),
+        (
+            ("x", "s", "lengths", "s_out"),
+            SUM.replace(".y", ".lengths"),
+            "outputs.lengths: lengths is the name of an input",
+        ),
+        (
+            ("x", "s", "y", "s_out"),
+            SUM.replace("[outputs.y]", '[outputs.y]\nname = "x"'),
+            "outputs.y: x is the name of",
+        ),
+    ],
+)
+def test_names_that_clients_could_not_tell_apart(
+    tmp_path: Path, names: tuple[str, str, str, str], text: str, words: str
+) -> None:
+    running_sum(describe(tmp_path, "it", ""), names)
+    refused(tmp_path, text, words)
+
+
+def test_a_batch_of_more_than_one_has_to_be_dynamic(tmp_path: Path) -> None:
+    foreign.lstm(describe(tmp_path, "it", TIMED), batch=4)
+    assert "inputs.input: its axis of sequences, 0, is fixed at 4" in fault_of(tmp_path)
+
+
+def test_an_output_without_sequences_is_of_one(tmp_path: Path) -> None:
+    it = Foreign()
+    it.node("Add", ["x", "s"], "s_out")
+    it.node("ReduceMean", ["s_out"], "y", axes=[0], keepdims=0)
+    text = SUM.replace("[outputs.y]", '[outputs.y]\nbatch_axis = "none"')
+    it.save(describe(tmp_path, "it", text), [("x", ROW), ("s", ROW)], [("y", [3]), ("s_out", ROW)])
+    assert "the graph takes one sequence at a time: set max_batch = 1" in fault_of(tmp_path)
+
+
+def test_an_output_of_a_chunk_says_its_size(tmp_path: Path) -> None:
+    it = Foreign()
+    it.node("Add", [it.node("ReduceMean", ["x"], "mean", axes=[1]), "s"], "s_out")
+    it.node("Sub", ["x", "s_out"], "y")
+    text = SUM.replace("[inputs.x]", "[inputs.x]\ntime_axis = 1\nchunk = 4")
+    frame, row = ["b", "samples"], ["b", 1]
+    path = describe(tmp_path, "it", text.replace("[outputs.y]", "[outputs.y]\ntime_axis = 1"))
+    it.save(path, [("x", frame), ("s", row)], [("y", frame), ("s_out", row)])
+    assert "outputs.y: a step has several entries of axis 1, and the graph does not say how many" in fault_of(tmp_path)
+    describe(tmp_path, "it", text.replace("[outputs.y]", "[outputs.y]\nshape = [4]"))
+    [x] = sequences(3, 1, 9, 9, features=4)
+    with serving(tmp_path) as served, Client(served.address) as client:
+        wanted = x - np.cumsum(x.mean(axis=1))[:, None]
+        np.testing.assert_allclose(client.predict("it", [x])[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_with_lengths_everything_of_a_step_has_an_axis_of_time(tmp_path: Path) -> None:
+    path = describe(tmp_path, "it", "")
+    foreign.lstm(path, lengths=True)
+    start = 'lengths = "lens"\n[inputs.input]\ntime_axis = 1\n[outputs.logits]\n'
+    refused(tmp_path, start + LSTM_STATES, "outputs.logits: the graph takes lengths, so that what is per step has")
+    refused(tmp_path, start + 'time_axis = 1\nper = "sequence"\n' + LSTM_STATES, "and what has none is per = ")
