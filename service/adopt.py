@@ -77,7 +77,7 @@ class Found:
         if self.max_batch is not None:
             lines.append(f"max_batch = {self.max_batch}")
         if self.lengths:
-            lines.append(f"lengths = {json.dumps(self.lengths)}")
+            lines.append(f"lengths = {_toml(self.lengths)}")
         for section in ("inputs", "states", "outputs"):
             for name, entry in getattr(self, section).items():
                 lines += ["", f"[{section}.{_key(name)}]", *_lines(entry)]
@@ -118,7 +118,7 @@ class _Look:
             if name not in pairs.values():
                 self.found.outputs[name] = self._output(name)
         if not self.found.outputs:
-            raise ModelBroken("every output is a state's next value: nothing is answered")
+            self._answer_states()
         if self._is_alone():
             self.found.max_batch = 1
             self.found.doubts.append("max_batch: the graph's batch is fixed at 1, so sequences run one at a time")
@@ -149,9 +149,15 @@ class _Look:
 
     def _pair_states(self) -> dict[str, str]:
         pairs = dict(self._hints.states)
-        for following in pairs.values():
+        for name, following in pairs.items():
             if following not in self._gives:
                 raise ModelBroken(f"the graph has no output {following!r}; it has {', '.join(self._gives)}")
+            state, after = self._takes[name], self._gives[following]
+            if (rank_of(state) or 0) > 1 and not _fit(state, after):
+                raise ModelBroken(
+                    f"--state {name}={following}: {following} is {_dtype(after)} {shape_text(after)}, and the state "
+                    f"{_dtype(state)} {shape_text(state)}"
+                )
         free = [name for name in self._takes if name not in self._taken(pairs)]
         for name in free:
             mine = self._takes[name]
@@ -206,6 +212,14 @@ class _Look:
             axis = 1 if rank == 3 and 1 in dynamic else dynamic[0]
             self.found.doubts.append(f"states.{name}.batch_axis: {axis} of {shape_text(value)} is a guess")
         return {} if axis == 0 else {"batch_axis": axis}
+
+    def _answer_states(self) -> None:
+        """Answer states where there is nothing else."""
+        for entry in self.found.states.values():
+            self.found.outputs[entry["next"]] = {key: axis for key, axis in entry.items() if key == "batch_axis"}
+        if not self.found.outputs:
+            raise ModelBroken("it has no output: nothing is answered")
+        self.found.doubts.append("outputs: every one is a state's next value, so that states are what is answered")
 
     # ---- inputs and outputs -----------------------------------------------------------------------------------------
 
@@ -302,7 +316,7 @@ class _Look:
         elif batch:
             entry["batch_axis"] = batch
         time = first_entry.get("time_axis")
-        if time is not None:
+        if time is not None and "chunk" not in first_entry:  # else an axis of time is part of what a step is answered
             same = _symbol(self._takes[first], time)
             axis = next((axis for axis, each in enumerate(symbols) if each and each == same), None)
             if axis is None and rank == rank_of(self._takes[first]) and rank > 2:
@@ -351,9 +365,15 @@ def _dtype(value: onnx.ValueInfoProto) -> str:
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
-    """Keys and values as TOML writes them: JSON's form of texts, numbers, lists and truth is TOML's too."""
-    return [f"{_key(name)} = {json.dumps(value)}" for name, value in values.items()]
+    return [f"{_key(name)} = {_toml(value)}" for name, value in values.items()]
+
+
+def _toml(value: Any) -> str:
+    """Write a value: JSON's form of texts, finite numbers, lists and truth is TOML's too."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value).replace("Infinity", "inf")
 
 
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)

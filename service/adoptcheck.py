@@ -39,11 +39,18 @@ def check(path: Path, graph: onnx.GraphProto, found: Found) -> str:
         exactness = probe(backend, PROBE_ROWS)
     except RunFailed as error:
         raise ModelBroken(f"it loads, but does not run: {error}; is every axis, constant and chunk right?") from error
-    if exactness.verdict == "coupled" and found.max_batch is None:
+    if not exactness.is_chunkable:
+        found.doubts.append(
+            f"lengths: a sequence given in parts is answered otherwise than whole ({exactness.detail}): where an "
+            "answer depends on steps to come, it can't be served so"
+        )
+    elif exactness.verdict == "coupled" and found.max_batch is None:
         found.max_batch = 1
         found.doubts.append(
             "max_batch: neighbours in a batch change each other's numbers, so sequences run one at a time"
         )
+    if backend.is_whole:
+        found.doubts.append("lengths: a layer reads sequences from their end, so that they are served whole")
     _check_states(backend, found)
     _Check(path, graph, found).compare_whole(backend)
     return f"{exactness.verdict}, {exactness.detail}"
@@ -61,7 +68,7 @@ def _check_states(backend: Backend, found: Found) -> None:
     for spec, old, new in zip(graph.states, states, after, strict=True):
         if np.array_equal(old, new):
             found.doubts.append(f"states.{spec.name}: a step of random input left it all zeros")
-    if not graph.states:
+    if not (graph.states or backend.is_whole):
         found.doubts.append("states: there are none, so that every step is answered by itself")
 
 
@@ -118,7 +125,7 @@ class _Check:
                 raise ModelBroken(
                     f"it can't be stepped: {STEPS} steps at once are answered otherwise ({name}, by {worst:.1e} of its "
                     "largest value) than one by one, so an answer depends on steps to come (a bidirectional layer?), "
-                    "or a state is missing"
+                    "a step is a frame of several entries (--chunk), or a state is missing"
                 )
 
     def _time_size(self, name: str) -> int | None:

@@ -59,6 +59,8 @@ def adopt(
         chunk=chunk,
         context=context,
     )
+    if name is not None and (name.startswith(".") or {"/", "\\"} & set(name)):
+        _end(f"--name {name}: expected the name of a folder of the repository", USAGE)
     folder = file.parent if repository is None else repository / (name or file.stem) / str(version)
     target = folder / DESCRIPTION_FILE
     if target.exists() and not force:
@@ -69,11 +71,14 @@ def adopt(
         verdict = check(file, graph, found)
         text = found.text(file.name, verdict)
     except ServiceError as error:
-        _end(f"{file}: {error}", FAILED)
-    folder.mkdir(parents=True, exist_ok=True)
-    if repository is not None:
-        _copy(file, folder)
-    target.write_text(text, encoding="utf-8")
+        _end(str(error) if str(error).startswith(str(file.parent)) else f"{file}: {error}", FAILED)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if repository is not None:
+            _copy(file, folder)
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        _end(f"{error.filename or folder}: {error.strerror}", FAILED)
     click.echo(text, nl=False)
     click.echo(f"\nwritten: {target}", err=True)
     for doubt in found.doubts:
@@ -101,19 +106,17 @@ def _graph(onnx_package: Any, file: Path) -> onnx.GraphProto:
 def _copy(file: Path, folder: Path) -> None:
     """Put a model, and the files of its weights if it has some, into a version's folder."""
     import onnx
-    from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
     from models.spec import MODEL_FILE
+    from service.adapter import weight_files
 
-    model = onnx.load(file, load_external_data=False)
-    names = set[str]()
-    for tensor in _get_all_tensors(model):
-        if uses_external_data(tensor):
-            names.update(each.value for each in tensor.external_data if each.key == "location")
-    shutil.copyfile(file, folder / MODEL_FILE)
-    for each in sorted(names):
-        (folder / each).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file.parent / each, folder / each)
+    files = {file: folder / MODEL_FILE}
+    for each in weight_files(onnx.load(file, load_external_data=False), file.parent):
+        files[each] = folder / each.relative_to(file.parent)
+    for source, target in files.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (target.exists() and target.samefile(source)):
+            shutil.copyfile(source, target)
 
 
 def _pairs(given: tuple[str, ...], option: str) -> list[tuple[str, str]]:

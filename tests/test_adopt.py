@@ -158,6 +158,14 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     it.save(tmp_path / "it.onnx", takes, [("y", ["batch", "seq", HIDDEN]), ("hn", state)])
     code, output = run(tmp_path / "it.onnx")
     assert code == 1
+    assert "it can't be stepped: a bidirectional GRU reads a sequence from its end" in output
+
+    it = Foreign()
+    it.node("ReduceMean", ["input"], "mean", axes=[1], keepdims=1)
+    it.node("Sub", ["input", "mean"], "y")
+    it.save(tmp_path / "mean.onnx", takes[:1], [("y", ["batch", "seq", FEATURES])])
+    code, output = run(tmp_path / "mean.onnx")
+    assert code == 1
     assert "it can't be stepped: 7 steps at once are answered otherwise" in output
     assert "an answer depends on steps to come (a bidirectional layer?)" in output
 
@@ -201,6 +209,50 @@ def test_a_state_that_never_moves_is_doubted(tmp_path: Path) -> None:
     assert "look at states.h: a step of random input left it all zeros" in output
 
 
+def test_an_output_of_a_frame_has_the_frames_size(tmp_path: Path) -> None:
+    it = Foreign()
+    it.node("Add", [it.node("ReduceMean", ["x"], "mean", axes=[1]), "h"], "h_out")
+    it.node("Sub", ["x", "h_out"], "y")
+    frame, row = ["batch", "samples"], ["batch", 1]
+    it.save(tmp_path / "it.onnx", [("x", frame), ("h", row)], [("y", frame), ("h_out", row)])
+    found = adopted(tmp_path / "it.onnx", "--chunk", 4)
+    assert found["inputs"] == {"x": {"time_axis": 1, "chunk": 4}}
+    assert found["outputs"] == {"y": {"shape": [4]}}
+
+
+def test_states_are_answered_where_nothing_else_is(tmp_path: Path) -> None:
+    it = Foreign()
+    it.node("Add", ["x", it.node("Squeeze", ["h", it.constant("zero", 0)], "flat")], "sum")
+    it.node("Unsqueeze", ["sum", "zero"], "h_out")
+    state = [1, "batch", FEATURES]
+    it.save(tmp_path / "it.onnx", [("x", ["batch", FEATURES]), ("h", state)], [("h_out", state)])
+    found = adopted(tmp_path / "it.onnx")
+    assert (found["states"], found["outputs"]) == (
+        {"h": {"next": "h_out", "batch_axis": 1}},
+        {"h_out": {"batch_axis": 1}},
+    )
+    assert "outputs: every one is a state's next value" in (tmp_path / "model.toml").read_text()
+
+
+def test_names_and_numbers_as_toml_has_them(tmp_path: Path) -> None:
+    it, name = Foreign(), 'a "b" \\ \U0001f600'
+    it.node("Min", [it.node("Add", [name, "h"], "sum"), "limit"], "h_out")
+    it.node("Identity", ["h_out"], "é.y")
+    row = ["batch", FEATURES]
+    it.save(tmp_path / "it.onnx", [(name, row), ("h", row), ("limit", [])], [("é.y", row), ("h_out", row)])
+    found = adopted(tmp_path / "it.onnx", "--constant", "limit=1e999")
+    assert (list(found["inputs"]), list(found["outputs"])) == ([name], ["é.y"])
+    assert found["constants"] == {"limit": float("inf")}
+
+
+def test_in_place_within_a_repository(tmp_path: Path) -> None:
+    path = foreign.lstm(tmp_path / "it" / "1" / "model.onnx")
+    before = path.read_bytes()
+    code, output = run(path, "--repository", tmp_path, "--name", "it")
+    assert code == 0, output
+    assert path.read_bytes() == before
+
+
 def test_into_a_repository_with_its_weights(tmp_path: Path) -> None:
     source = tmp_path / "source" / "speech model.onnx"
     model = onnx.load(foreign.lstm(source))
@@ -224,9 +276,12 @@ def test_into_a_repository_with_its_weights(tmp_path: Path) -> None:
         (["--constant", "rate=fast"], 2, "'fast' is no number, list of numbers, true or false"),
         (["--constant", "speed=1"], 1, "the graph has no input 'speed'; it has input, h0, c0"),
         (["--state", "h0=y"], 1, "the graph has no output 'y'; it has logits, hn, cn"),
+        (["--state", "h0=logits"], 1, "h0=logits: logits is float32 [?, ?, 2], and the state float32 [1, ?, 5]"),
+        (["--name", "../it"], 2, "--name ../it: expected the name of a folder of the repository"),
+        (["--repository", __file__], 1, "test_adopt.py/it/1: Not a directory"),
     ],
 )
-def test_hints_that_do_not_fit(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
+def test_what_is_asked_for_and_does_not_fit(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
     found, output = run(foreign.lstm(tmp_path / "it.onnx"), *arguments)
     assert (found, words in output) == (code, True), output
 
