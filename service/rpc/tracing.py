@@ -108,8 +108,13 @@ class Tracing:
 
         now, seconds  when it ended by the engine's clock, and how long it took
         """
-        if not self._num_recorded:
-            return
+        if self._num_recorded:
+            try:
+                self._tell(lane, work, now, seconds)
+            except Exception:  # whose answers are still to be handed out
+                log.exception("a bug in tracing a run of %s", lane.name, extra=lane.about)
+
+    def _tell(self, lane: Lane, work: Express | Batch, now: float, seconds: float) -> None:
         if isinstance(work, Express):
             found: list[_Part] = [(message.link.trace, message.arrived_at) for message in work.messages]
             num_rows = num_steps = len(work.rows)
