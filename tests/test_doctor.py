@@ -7,9 +7,6 @@ import json
 import math
 import os
 import socket
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import onnx
@@ -29,6 +26,7 @@ from tests.onnx_models import build
 ROOT = Path(__file__).resolve().parent.parent
 HAS_DRIVER = not providers.cuda_driver()
 CERT_DAYS = 90
+FREE = ("--port", "0", "--http-port", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +51,7 @@ def examined_once(monkeypatch, runtime):
 
 def examined(*arguments):
     """Run the command on free ports: (exit code, findings by name)."""
-    free = ("--port", "0", "--http-port", "0") if "--port" not in arguments else ()
+    free = FREE if "--port" not in arguments else ()
     result = CliRunner().invoke(main, ["doctor", "--json", *map(str, (*free, *arguments))])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     content = json.loads(result.stdout)
@@ -77,7 +75,7 @@ def test_a_server_that_works_is_told_to(repository):
 
 
 def test_people_are_told_in_words(repository):
-    result = CliRunner().invoke(main, ["doctor", "--repository", str(repository / "none"), "--port", "0"])
+    result = CliRunner().invoke(main, ["doctor", "--repository", str(repository / "none"), *FREE])
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert lines[0] == "installed"
@@ -162,101 +160,6 @@ def test_what_keeps_cuda_from_working_is_told_with_what_to_do(faults, library, d
     if level != "ok":
         assert providers.judge_cuda(runtime, driver, is_asked=True, falls_back=True).level == "warning"
         assert providers.judge_cuda(runtime, driver, is_asked=False, falls_back=False).level == "note"
-
-
-# Packages
-
-
-@pytest.fixture
-def without(tmp_path):
-    """Run the doctor where only some packages are installed, and others are put in: (exit code, findings by name)."""
-
-    def run(blocked, *arguments, files=None):
-        site = tmp_path / "site"
-        site.mkdir()
-        for entry in Path(sysconfig.get_path("purelib")).iterdir():
-            if not any(entry.name == name or entry.name.startswith(f"{name}-") for name in blocked):
-                (site / entry.name).symlink_to(entry)
-        for name, content in (files or {}).items():
-            path = site / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(content)
-        command = "from service.client.cli import main; main()"
-        free = ("--port", "0", "--http-port", "0")
-        done = subprocess.run(
-            [sys.executable, "-S", "-c", command, "doctor", "--json", *free, *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}"},
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        assert done.stdout, done.stderr
-        return done.returncode, {each["name"]: each for each in json.loads(done.stdout)["findings"]}
-
-    return run
-
-
-TORCH_SIDE = ("torch", "onnx", "onnxscript", "tqdm")
-
-
-@pytest.mark.parametrize("is_serving", [False, True])
-def test_without_onnxruntime_and_torch_it_says_what_to_install(without, repository, is_serving):
-    arguments = ("--repository", repository) if is_serving else ()
-    code, found = without(("onnxruntime", *TORCH_SIDE), *arguments)
-    assert code == is_serving
-    assert found["onnxruntime"]["level"] == ("problem" if is_serving else "note")
-    assert "pip install 'rnnserve[cpu]'" in found["onnxruntime"]["advice"]
-    assert "onnx, onnxscript, torch" in found["train"]["text"]
-    assert "tqdm" in found["train"]["text"]
-    assert "pip install 'rnnserve[train]'" in found["train"]["advice"]
-    assert "onnxruntime" not in found["packages"]["text"]
-    assert "lstm/1" not in found
-
-
-def test_an_extra_that_a_setting_needs_is_a_problem_if_it_is_missing(without):
-    extras = ("s3fs", "opentelemetry_sdk", "opentelemetry_exporter_otlp")
-    code, found = without(extras, "--otlp-endpoint", "http://localhost:4317")
-    assert code == 1
-    assert found["otel"]["level"] == "problem"
-    assert "s3" not in found
-    assert "pip install 'rnnserve[otel]'" in found["otel"]["advice"]
-
-
-def test_two_builds_of_onnxruntime_at_once_are_a_problem(without, repository):
-    second = {
-        "onnxruntime_gpu-1.32.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.32.0\n"
-    }
-    code, found = without((), "--repository", repository, files=second)
-    assert code == 1
-    assert "onnxruntime and onnxruntime-gpu are both installed" in found["onnxruntime"]["text"]
-    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in found["onnxruntime"]["advice"]
-
-
-def test_an_onnxruntime_that_can_not_be_loaded_is_told_with_the_reason(without, repository):
-    broken = {"onnxruntime/__init__.py": "raise ImportError('libonnxruntime.so.1: cannot open shared object file')"}
-    code, found = without(("onnxruntime",), "--repository", repository, files=broken)
-    assert code == 1
-    assert "libonnxruntime.so.1: cannot open shared object file" in found["onnxruntime"]["text"]
-
-
-def test_an_onnxruntime_that_crashes_is_told_of(without, repository):
-    code, found = without(("onnxruntime",), files={"onnxruntime/__init__.py": "import os; os.abort()"})
-    assert (code, found["onnxruntime"]["level"]) == (0, "note")
-    assert "ended with status -6" in found["onnxruntime"]["text"]
-
-
-def test_what_onnxruntime_says_does_not_get_between(without):
-    loud = {"onnxruntime/__init__.py": "import os; print('loud'); os.write(1, b'louder'); raise ImportError('x')"}
-    code, found = without(("onnxruntime",), "--provider", "cpu", files=loud)
-    assert code == 1
-    assert found["onnxruntime"]["text"].endswith("does not work: x")
-
-
-def test_without_grpc_it_still_looks_at_the_rest(without):
-    code, found = without(("grpc",))
-    assert code == 1
-    assert "No module named 'grpc'" in found["grpc"]["text"]
-    assert found["cpu"]["level"] == "ok"
 
 
 # The machine

@@ -140,9 +140,11 @@ async def test_a_stream_is_resumed_and_never_tried_again(front, client, kind):
     if kind == "sync":
         with Client(front.address) as flaky, flaky.stream("lstm", **terms) as stream:
             rows = [stream.step(row) for row in x]
+            stream.close()
     else:
         async with AsyncClient(front.address) as flaky, flaky.stream("lstm", **terms) as stream:
             rows = [await stream.step(row) for row in x]
+            await stream.close()
     np.testing.assert_array_equal(rows, client.predict("lstm", [x])[0])
     assert front.attempts["StreamPredict"] == [0, 0, 0]
 
