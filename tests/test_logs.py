@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
 
+import aiohttp
 import grpc
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ from tests.oip.calls import step
 from tests.rpc import details, frame, open_stream, predict, sequences
 from tests.serving import serving
 from tests.single import Single, single
+from tests.web.calls import frame as rows_frame
+from tests.web.calls import opening, until_over
 from tests.workers import fleet_of, wait_until
 
 NATIVE = "rnnserve.v1.SequenceService"
@@ -274,6 +277,24 @@ def test_calls_of_triton_and_generate_are_counted_too(logging_server):
     assert (ended["steps"], ended["cause"]) == (8, "closed")
 
 
+async def test_a_call_over_a_websocket_has_a_request_id_too(logging_server):
+    named = {"X-Request-Id": "socket-1"}
+    asked = [opening("lstm"), rows_frame(np.zeros((3, 3), np.float32), closes=True)]
+    client = aiohttp.ClientSession(logging_server.http, headers=named)
+    async with client as session, session.ws_connect("/api/stream") as socket:
+        for message in asked:
+            await socket.send_json(message)
+        await until_over(socket)
+    told = [
+        {name: logging_server.wait_for(fits)[name] for name in ("message", "request_id")}
+        for fits in (
+            lambda line: line.get("request_id") == "socket-1" and line["message"] == "session",
+            lambda line: line.get("method") == "GET /api/stream",
+        )
+    ]
+    assert told == [{"message": each, "request_id": "socket-1"} for each in ("session", "request")]
+
+
 def test_an_error_says_how_its_call_is_found_in_the_log(logging_server):
     with logging_server.stub() as stub, pytest.raises(grpc.RpcError) as caught:
         predict(stub, f"none{HOSTILE}", sequences(1, 1, 2, 2))
@@ -300,11 +321,11 @@ def test_http_is_logged_but_probes_that_succeed(logging_server):
             urllib.request.urlopen(asked).close()
         except urllib.error.HTTPError as error:
             error.close()
-    logging_server.wait_for(lambda line: line["message"] == "request")
+    logging_server.wait_for(lambda line: line.get("request_id") == "http-1")
     told = [
         (line["method"], line["code"], line["request_id"])
         for line in logging_server.lines()
-        if line["message"] == "request"
+        if line["message"] == "request" and line["request_id"] == "http-1"
     ]
     assert told == [("GET /nothing\nat all", 404, "http-1")]
 

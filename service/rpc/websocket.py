@@ -20,6 +20,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 
 from service.errors import InvalidInput, ServiceError
+from service.facts import CALL, CallFacts
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc.status import status_of
 from service.web.sockets import make_socket
@@ -98,6 +99,8 @@ class Sockets:
         socket = make_socket(self._max_message_bytes)
         await socket.prepare(request)
         self._open.add(socket)
+        headers = [(name.lower(), value) for name, value in request.headers.items()]
+        token = CALL.set(CallFacts(request.path, headers))
         try:
             with suppress(_Gone):
                 try:
@@ -114,6 +117,7 @@ class Sockets:
                     await _send(socket, {"status": {"code": 0}})
             await socket.close()
         finally:
+            CALL.reset(token)
             self._open.discard(socket)
             if not self._open:
                 self._is_empty.set()
