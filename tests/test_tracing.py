@@ -6,8 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent import futures
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import grpc
 import numpy as np
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector_pb
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as collector_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
@@ -26,6 +23,7 @@ from service.pb.inference import inference_pb2_grpc as oip_grpc
 from service.pb.rnnserve.v1 import rnnserve_pb2 as pb
 from service.rpc import otel
 from service.rpc.tracing import MAX_RUNS
+from tests.collecting import Collector, Span, attributes, collecting
 from tests.generating import save, tokens
 from tests.oip.calls import step
 from tests.rpc import Requests, frame, open_stream, predict, sequences
@@ -37,62 +35,6 @@ TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SAMPLED = [("traceparent", f"00-{TRACE}-{PARENT}-01"), ("tracestate", "vendor=opaque")]
 UNSAMPLED = [("traceparent", f"00-{TRACE}-{PARENT}-00")]
 SOON = {"OTEL_BSP_SCHEDULE_DELAY": "50"}
-Span = trace_pb2.Span
-
-
-class Collector(collector_grpc.TraceServiceServicer):
-    """Receives what is exported."""
-
-    def __init__(self) -> None:
-        self.requests: list[collector_pb.ExportTraceServiceRequest] = []
-        self.port = 0
-
-    def Export(self, request, context):  # noqa: N802
-        self.requests.append(request)
-        return collector_pb.ExportTraceServiceResponse()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def spans(self) -> list[Span]:
-        return [
-            span
-            for request in list(self.requests)
-            for of_resource in request.resource_spans
-            for of_scope in of_resource.scope_spans
-            for span in of_scope.spans
-        ]
-
-    @property
-    def resources(self) -> list[dict[str, object]]:
-        return [attributes(each.resource) for request in list(self.requests) for each in request.resource_spans]
-
-    def wait_for(self, name: str) -> Span:
-        """Wait for the one span of a name."""
-        wait_until(lambda: any(span.name == name for span in self.spans))
-        [span] = [span for span in self.spans if span.name == name]
-        return span
-
-    def children(self, parent: Span) -> list[Span]:
-        return sorted(
-            (span for span in self.spans if span.parent_span_id == parent.span_id),
-            key=lambda span: (span.start_time_unix_nano, span.name),
-        )
-
-
-@contextmanager
-def collecting() -> Iterator[Collector]:
-    collector = Collector()
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    collector_grpc.add_TraceServiceServicer_to_server(collector, server)
-    collector.port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield collector
-    finally:
-        server.stop(0).wait()
 
 
 @pytest.fixture
@@ -127,10 +69,6 @@ def traced(exporting: tuple[Single, Collector]) -> tuple[Single, Collector]:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
-
-
-def attributes(of: object) -> dict[str, object]:
-    return {each.key: getattr(each.value, each.value.WhichOneof("value")) for each in of.attributes}
 
 
 def test_a_call_is_a_child_of_its_callers_span_and_has_its_waiting_and_runs_below_it(traced):
