@@ -5,8 +5,10 @@ from __future__ import annotations
 import struct
 
 import numpy as np
+import onnx
 import pytest
 
+from models.spec import METADATA_KEY, Spec
 from service.pb.inference import inference_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2 as native
 from tests.generating import IDS, LETTERS, MAX_STEPS, SEASONS, WORDS, Oracle, contextual, curve, save, tokens
@@ -23,6 +25,7 @@ ENDED, FULL = native.FINISH_REASON_END, native.FINISH_REASON_MAX_STEPS
 def repository(tmp_path_factory):
     root = tmp_path_factory.mktemp("generating")
     save(tokens(7), root, "names")
+    save(without_words(tokens(7)), root, "wordless")
     save(tokens(2, encoder=True), root, "spoken")
     save(tokens(2, encoder=True, attention=True), root, "attentive")
     save(curve(), root, "curve")
@@ -111,6 +114,24 @@ def test_prompts_of_one_length_need_no_lengths(stub, repository):
     response = stub.ModelInfer(ask("names", {"token": prompts}, max_steps=9))
     oracle = Oracle(repository, "names")
     assert [ids for ids, *_ in answers(response)] == [oracle.decode(row.tolist()).ids[:9] for row in prompts]
+
+
+def without_words(files):
+    """The files of a model whose ids are no words."""
+    model = onnx.load_from_string(files["model.onnx"])
+    [entry] = [each for each in model.metadata_props if each.key == METADATA_KEY]
+    entry.value = Spec.model_validate_json(entry.value).model_copy(update={"vocabulary": ()}).to_json()
+    return {**files, "model.onnx": model.SerializeToString()}
+
+
+def test_ids_that_are_no_words_have_no_text(stub, repository):
+    response = stub.ModelInfer(ask("wordless", {"token": np.array([[2, 3]])}))
+    assert answers(response)[0][0] == Oracle(repository, "names").decode([2, 3]).ids
+    given = ["ids", "log_probs", "lengths", "finish_reasons", "scores"]
+    assert [each.name for each in response.outputs] == given
+    assert [t.name for t in stub.ModelMetadata(pb.ModelMetadataRequest(name="wordless")).outputs] == given
+    error = refused(stub.ModelInfer, ask("wordless", {"token": np.array([[2, 3]])}, outputs=["text"]))
+    assert "no output 'text'; wordless has ids, log_probs, lengths" in error.details()
 
 
 def test_drawing_is_repeated_by_its_seed(stub, native_stub, repository):

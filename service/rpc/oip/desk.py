@@ -211,6 +211,7 @@ class Desk:
         plan, counts = self.plan(lane)
         making = MakePlan(lane)
         asked, wanted = making.read(request, options)
+        inference.num_bytes += request.ByteSize()
         inference.begin(plan, counts, [], wants_final=options.wants_final)
         self._do(lane, inference, self._make(making, asked, wanted, options, inference))
 

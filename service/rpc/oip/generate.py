@@ -5,7 +5,7 @@ response as soon as it is made. What is chosen by ids comes as
 
     ids            [rows, outputs] INT64, zeros past a row's length
     log_probs      [rows, outputs] FP32, the log-probability of each
-    text           [rows] BYTES, its words by the model's vocabulary
+    text           [rows] BYTES, its words by the model's vocabulary, where it has one of every id
     lengths        [rows] INT32
     finish_reasons [rows] INT32, as rnnserve.v1.FinishReason
     scores         [rows] FP32, of a search its score, otherwise the sum of log-probabilities, the ending id's included
@@ -92,7 +92,10 @@ class MakePlan:
         once = [t for t in inputs_of(lane) if t.name not in self._stepped]
         self._once = {t.name: Row(t) for t in once} | {s.name: Row(s) for s in lane.graph.states}
         self._own = [] if spec.generation.token_input else [Row(t) for t in lane.graph.outputs]
-        self._names = [*(row.name for row in self._own), *(_ALWAYS if self._own else _CHOSEN)]
+        num_ids = sum(t.row_shape[0] for t in lane.graph.outputs if t.name == spec.generation.scores_output)
+        chosen = [name for name in _CHOSEN if name != "text" or len(self._words) >= num_ids]
+        self._made = _ALWAYS if self._own else tuple(chosen)
+        self._names = [*(row.name for row in self._own), *self._made]
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -173,8 +176,7 @@ class MakePlan:
         given = [t for t in inputs_of(self.lane) if t in prompt or t not in self.lane.step_inputs]
         inputs = [(t.name, DATATYPES[t.dtype], self._dims(t)) for t in given]
         outputs = [(row.name, row.datatype, (-1, *row.shape)) for row in self._own]
-        names = _ALWAYS if self._own else tuple(_CHOSEN)
-        outputs += [(name, _CHOSEN[name][0], (-1,) if _CHOSEN[name][1] else (1,)) for name in names]
+        outputs += [(name, _CHOSEN[name][0], (-1,) if _CHOSEN[name][1] else (1,)) for name in self._made]
         return inputs, outputs
 
     def _dims(self, tensor: TensorSpec) -> tuple[int, ...]:
@@ -216,7 +218,7 @@ class MakePlan:
         own = [row for row in self._own if row.name in wanted]
         lengths = [len(row.ids) or sum(len(part[0]) for part in row.outputs) for row in rows]
         for name in wanted:
-            if name in _CHOSEN and (not self._own or name in _ALWAYS):
+            if name in self._made:
                 datatype, shape, content = self._column(name, rows, lengths)
             else:
                 place = next(index for index, each in enumerate(own) if each.name == name)
