@@ -129,10 +129,12 @@ class _Builder:
         except ValidationError as error:
             raise ModelBroken(f"{DESCRIPTION_FILE}: {faults_of(error)}") from error
         wrapper = Wrapper(self._onnx, self._graph, self._says, self._takes, self._gives)
-        model = self._onnx.ModelProto()
-        model.CopyFrom(self._model)
-        model.graph.CopyFrom(wrapper.wrap(inputs, outputs, states))
-        model.ir_version = max(model.ir_version, _IR)
+        model = self._onnx.ModelProto(
+            ir_version=max(self._model.ir_version, _IR),
+            opset_import=self._model.opset_import,
+            functions=self._model.functions,
+        )
+        wrapper.wrap(inputs, outputs, states, model.graph)
         try:
             return model.SerializeToString(), spec
         except Exception as error:  # protobuf's, past 2 GiB

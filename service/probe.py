@@ -102,6 +102,11 @@ class _Probe:
         others = [self._sample(rng, steps) for steps in (1, PROBE_STEPS, 2 * PROBE_STEPS, 5)]
         return [[loud], [broken], others, [*others, loud, broken] * 3]
 
+    def _begin(self, num: int) -> list[Array]:
+        """States that sequences begin with."""
+        rows = (np.zeros(s.row_shape, s.dtype) if s.begins is None else s.begins.array() for s in self.graph.states)
+        return [np.repeat(row[None], num, axis=0) for row in rows]
+
     def _run_padded(self, sequences: list[dict[str, Array]]) -> list[list[Array]]:
         """Run sequences as one batch; returns each one's outputs and final states, unpadded."""
         lengths = np.array([len(s[LENGTHS]) for s in sequences], dtype=np.int32)
@@ -120,7 +125,7 @@ class _Probe:
                 inputs[tensor.name] = batch
                 if tensor.layout is Layout.PER_SOURCE_STEP:
                     inputs[SOURCE_LENGTHS] = counts
-        states = [np.zeros((len(sequences), *s.row_shape), dtype=s.dtype) for s in self.graph.states]
+        states = self._begin(len(sequences))
         outputs, final = self.backend.run(inputs, lengths, states)
         is_per_step = [t.layout is Layout.PER_STEP for t in self.graph.outputs]
         return [
@@ -131,7 +136,7 @@ class _Probe:
 
     def _run_cut(self, sequence: dict[str, Array], cuts: list[int]) -> list[Array]:
         """Run one sequence chunk by chunk; returns its outputs and final states."""
-        states: list[Array] = [np.zeros((1, *s.row_shape), dtype=s.dtype) for s in self.graph.states]
+        states = self._begin(1)
         parts: list[list[Array]] = []
         start = 0
         for cut in cuts:

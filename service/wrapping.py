@@ -32,6 +32,8 @@ So that nothing is named twice, whatever names those are, a made-up name begins 
 _AROUND, _STEP = "around/", "a step/"
 """Begin names of what the graphs around it and of a step have of their own."""
 _BATCH, _TIME = "batch", "time"
+_BODY = "body"
+"""Attribute of a Scan."""
 
 
 class Wrapper:
@@ -52,9 +54,27 @@ class Wrapper:
         self._takes = takes
         self._gives = gives
 
-    def wrap(self, inputs: Mapping[str, Lie], outputs: Mapping[str, Lie], states: Mapping[str, Lie]) -> onnx.GraphProto:
-        """Make it. Raises ModelBroken for a constant that does not fit."""
-        return (self._native if self._says.lengths else self._scan)(inputs, outputs, states)
+    def wrap(
+        self,
+        inputs: Mapping[str, Lie],
+        outputs: Mapping[str, Lie],
+        states: Mapping[str, Lie],
+        into: onnx.GraphProto,
+    ) -> None:
+        """Make it in `into`, and change names in the graph itself. Raises ModelBroken for a constant that does not fit.
+
+        Weights are put in last, to where they stay: protobuf copies a message that is put into another.
+        """
+        self._put_constants()
+        _prefix(self._graph)
+        if self._says.lengths:
+            into.CopyFrom(self._native(inputs, outputs, states))
+            inner = into
+        else:
+            into.CopyFrom(self._scan(inputs, outputs, states))
+            [inner] = [each.g for each in into.node[-1].attribute if each.name == _BODY]
+        inner.initializer.extend(self._graph.initializer)
+        inner.sparse_initializer.extend(self._graph.sparse_initializer)
 
     def _native(
         self, inputs: Mapping[str, Lie], outputs: Mapping[str, Lie], states: Mapping[str, Lie]
@@ -65,7 +85,7 @@ class Wrapper:
             part.to_model(name, _INSIDE + name, layout)
         lengths = self._takes[says.lengths]
         part.node("Cast", [LENGTHS], _INSIDE + says.lengths, to=lengths.type.tensor_type.elem_type)
-        part.take(self._inside())
+        part.nodes.extend(self._graph.node)
         for name, layout in outputs.items():
             part.from_model(_INSIDE + name, says.answered(name), layout)
         for name, layout in states.items():
@@ -93,7 +113,7 @@ class Wrapper:
             if name in contexts:
                 given = self._in_context(body, name, layout, kept, dtypes[name])
             body.to_model(given, _INSIDE + name, layout, context=says.inputs[name].context if name in inputs else 0)
-        body.take(self._inside())
+        body.nodes.extend(self._graph.node)
         results = []
         for name, layout in states.items():
             following = f"next/{name}"
@@ -136,7 +156,7 @@ class Wrapper:
                 "Scan",
                 [*before, *stepped, times],
                 [*(names[old] for old, *_ in kept), *answered],
-                body=inner,
+                **{_BODY: inner},
                 num_scan_inputs=len(stepped) + 1,
                 scan_input_axes=[1] * len(stepped) + [0],
                 **({"scan_output_axes": [1] * len(answered)} if answered else {}),
@@ -168,10 +188,8 @@ class Wrapper:
         whole = part.node("Concat", [batch, row], f"shape/{name}", axis=0)
         return part.node("Expand", [part.weight(f"{name}/zero", np.zeros((), dtype)), whole], f"blank/{name}")
 
-    def _inside(self) -> onnx.GraphProto:
-        """The graph with its constants in it, all under names of its own."""
-        graph: onnx.GraphProto = self._onnx.GraphProto()
-        graph.CopyFrom(self._graph)
+    def _put_constants(self) -> None:
+        """Put constants among the graph's weights."""
         for name, given in self._says.constants.items():
             value = self._takes[name]
             sizes = [size_of(value, axis) for axis in range(rank_of(value) or 0)]
@@ -184,9 +202,7 @@ class Wrapper:
                         f"constants.{name}: shape {list(array.shape)} does not fit the graph's {shape_text(value)}"
                     )
                 array = array.reshape([1] * len(sizes))
-            graph.initializer.append(self._onnx.numpy_helper.from_array(array, name))
-        _prefix(graph)
-        return graph
+            self._graph.initializer.append(self._onnx.numpy_helper.from_array(array, name))
 
     def _values(
         self, inputs: Mapping[str, Lie], outputs: Mapping[str, Lie], states: Mapping[str, Lie]
@@ -227,7 +243,6 @@ class Part:
         self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, onnx.TensorProto] = {}
-        self._more: list[onnx.GraphProto] = []
 
     def node(self, operator: str, takes: Sequence[str], gives: str, **attributes: Any) -> str:
         """Add a node; returns the name of what it gives."""
@@ -277,17 +292,9 @@ class Part:
         has_time = layout.time != "none" and layout.in_one_call
         self.reshape(canonical, (-1, *layout.row) if not has_time else (0, -1, *layout.row), gives)
 
-    def take(self, graph: onnx.GraphProto) -> None:
-        """Add all of another graph."""
-        self.nodes.extend(graph.node)
-        self._more.append(graph)
-
     def graph(self, name: str, values: tuple[Sequence[Any], Sequence[Any]]) -> onnx.GraphProto:
         """Finish it."""
         made: onnx.GraphProto = self._onnx.helper.make_graph(self.nodes, name, *values, list(self._weights.values()))
-        for each in self._more:
-            made.initializer.extend(each.initializer)
-            made.sparse_initializer.extend(each.sparse_initializer)
         return made
 
 

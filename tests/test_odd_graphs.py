@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from service.client import Client
 from service.config import load_settings
@@ -151,6 +151,85 @@ def test_old_operators_and_weights_among_inputs(tmp_path: Path) -> None:
             memory = answer["memory_out"]
             wanted.append(answer["score"][0])
         np.testing.assert_allclose(client.predict("it", [x])[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_branches_functions_and_sparse_weights(tmp_path: Path) -> None:
+    """An If whose branches use values around them, under names that both have; a function of the file's own."""
+    it = Foreign()
+    it.node("MatMul", ["x", "eye"], "same")
+    it.node("ReduceSum", ["same"], "total", keepdims=0)
+    it.node("Cast", [it.constant("limit", 0)], "bound", to=TensorProto.FLOAT)
+    it.node("Greater", ["total", it.node("Squeeze", ["bound"], "bound.scalar")], "is_more")
+    made = helper.make_tensor_value_info("made", TensorProto.FLOAT, None)
+    then, other = (
+        helper.make_graph([helper.make_node(operator, ["same", "s"], ["made"])], operator, [], [made])
+        for operator in ("Add", "Sub")
+    )
+    it.node("If", ["is_more"], "s_out", then_branch=then, else_branch=other)
+    it.nodes.append(helper.make_node("Twice", ["s_out"], ["y"], domain="own"))
+    path = describe(tmp_path, "it", "max_batch = 1\n" + SUM)
+    twice = [helper.make_node("Add", ["s_out", "s_out"], ["y"])]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    function = helper.make_function("own", "Twice", ["s_out"], ["y"], twice, opsets[:1])
+    rows = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ROW) for name in ("x", "s", "y", "s_out")]
+    graph = helper.make_graph(
+        it.nodes, "odd", rows[:2], rows[2:], [numpy_helper.from_array(it.weights["limit"], "limit")]
+    )
+    values = helper.make_tensor("eye", TensorProto.FLOAT, [3], [1.0, 1.0, 1.0])
+    places = helper.make_tensor("places", TensorProto.INT64, [3], [0, 4, 8])
+    graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [3, 3]))
+    onnx.save(helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=8), path)
+    [x] = sequences(3, 1, 9, 9)
+    with serving(tmp_path) as served, Client(served.address) as client:
+        state, wanted = np.zeros((1, 3), np.float32), []
+        for step in x:
+            answer = foreign.run(path, {"x": step[None], "s": state})
+            state = answer["s_out"]
+            wanted.append(answer["y"][0])
+        equal(client.predict("it", [x])[0], np.array(wanted))
+        with client.stream("it") as stream:
+            equal(np.array(list(stream.run(x))), np.array(wanted))
+
+
+CHANNELS, TAPS = 3, 4
+
+
+def convolution(path: Path, chunk: object) -> Foreign:
+    """A convolution over time, the last axis, without padding."""
+    it = Foreign()
+    it.node("Conv", ["x", it.weight("kernel", 2, CHANNELS, TAPS)], "y", kernel_shape=[TAPS])
+    it.save(path, [("x", ["b", CHANNELS, "samples"])], [("y", ["b", 2, chunk])])
+    return it
+
+
+@pytest.mark.parametrize("chunk", [None, 2, 5])
+def test_contexts_of_any_length_on_any_axis(tmp_path: Path, chunk: int | None) -> None:
+    """A causal convolution is one that is given again what its taps reach back to: more than a chunk, or less."""
+    size = f"chunk = {chunk}\n" if chunk else ""
+    entry = f"shape = [2, {chunk}]\n" if chunk else "time_axis = 2\n"
+    path = describe(tmp_path, "it", f"[inputs.x]\ntime_axis = 2\ncontext = {TAPS - 1}\n{size}[outputs.y]\n{entry}")
+    convolution(path, "out")
+    xs = sequences(5, 3, 1, 9, features=CHANNELS * (chunk or 1))
+    with serving(tmp_path, max_chunk_steps=2) as served, Client(served.address) as client:
+        rows = [x.reshape(len(x), chunk, CHANNELS) if chunk else x for x in xs]
+        for y, x in zip(client.predict("it", rows), xs, strict=True):
+            samples = np.concatenate([np.zeros((TAPS - 1, CHANNELS), np.float32), x.reshape(-1, CHANNELS)])
+            whole = foreign.run(path, {"x": samples.T[None]})["y"][0]  # [2, time]
+            steps = whole.reshape(2, len(x), -1).transpose(1, 0, 2)
+            np.testing.assert_allclose(y, steps if chunk else steps[..., 0], rtol=1e-5, atol=1e-6)
+
+
+def test_batching_is_measured_from_the_states_that_sequences_begin_with(tmp_path: Path) -> None:
+    """A state of zeros would hide that neighbours change each other."""
+    it = Foreign()
+    it.node("Sub", ["x", it.node("ReduceMean", ["x"], "mean", axes=[0])], "centred")
+    it.node("Where", [it.node("Cast", ["s"], "is_on", to=TensorProto.BOOL), "centred", "s"], "y")
+    it.node("Identity", ["s"], "s_out")
+    path = describe(tmp_path, "it", SUM + 'initial = "ones.npy"\n')
+    np.save(path.with_name("ones.npy"), np.ones(3, np.float32))
+    it.save(path, [("x", ROW), ("s", ROW)], [("y", ROW), ("s_out", ROW)])
+    [lane] = load_repository(load_settings({"repository": tmp_path})).lanes
+    assert lane.exactness.verdict == "coupled"
 
 
 def test_digest_is_of_the_weights_too(tmp_path: Path) -> None:
