@@ -59,6 +59,11 @@ class ModelFile:
             self.runtime = Runtime(content, optimize=optimize)
             self.spec: Spec = parse_spec(self.runtime.metadata.get(METADATA_KEY))
         except (ModelFileError, SpecError) as error:
+            if isinstance(error, SpecError) and path.with_name("model.toml").is_file():
+                raise ModelFileError(
+                    f"{path}: the model.toml beside it says what it is, to a server: `rnnserve doctor --repository "
+                    "REPOSITORY` tries it, and `rnnserve models NAME` describes it once it is served"
+                ) from error
             raise ModelFileError(f"{path}: {error}") from error
         self.size = len(content)
         """Bytes of all its files."""

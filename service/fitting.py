@@ -40,6 +40,7 @@ class Fit:
         """Find out how (inputs, outputs, states) lie. Raises ModelBroken where it does not fit, with what to change."""
         self._check()
         found = self._tensors()
+        self._check_elements(*found[:2])
         if not self._has_lengths:
             self._check_causal()
             if not self._says.states:
@@ -101,6 +102,22 @@ class Fit:
                     f"give it one of its own by outputs.{name}.name"
                 )
             taken.add(answered)
+
+    def _check_elements(self, inputs: Mapping[str, Lie], outputs: Mapping[str, Lie]) -> None:
+        """Check what is said of the elements of rows."""
+        says = self._says
+        entries = {f"inputs.{name}": (entry.element_names, inputs[name].row) for name, entry in says.inputs.items()}
+        entries |= {f"outputs.{name}": (entry.element_names, outputs[name].row) for name, entry in says.outputs.items()}
+        checks = [(f"{key}.element_names", *entry) for key, entry in entries.items()]
+        checks.append(("labels", says.labels, next(iter(outputs.values())).row))
+        for key, names, row in checks:
+            num = row[-1] if row else 1
+            if names and len(names) != num:
+                raise ModelBroken(f"{DESCRIPTION_FILE}: {key}: {len(names)} names for {num} elements")
+        for name, entry in says.inputs.items():
+            dtype = dtype_of(self.takes[name], f"inputs.{name}")
+            if entry.num_ids is not None and dtype not in ("int64", "int32"):
+                raise ModelBroken(f"{DESCRIPTION_FILE}: inputs.{name}.num_ids: it is {dtype}, and ids are integers")
 
     def _check_causal(self) -> None:
         """Check that steps that are given one by one can be answered so."""

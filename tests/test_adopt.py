@@ -10,6 +10,8 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from models.errors import ModelFileError
+from models.modelfile import ModelFile
 from service.adoptcli import adopt
 from service.client import Client
 from tests import foreign
@@ -284,6 +286,13 @@ def test_into_a_repository_with_its_weights(tmp_path: Path) -> None:
 def test_what_is_asked_for_and_does_not_fit(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
     found, output = run(foreign.lstm(tmp_path / "it.onnx"), *arguments)
     assert (found, words in output) == (code, True), output
+
+
+def test_describing_and_verifying_point_to_the_server(tmp_path: Path) -> None:
+    path = foreign.lstm(tmp_path / "model.onnx")
+    adopted(path)
+    with pytest.raises(ModelFileError, match=r"the model\.toml beside it .* `rnnserve doctor --repository REPOSITORY`"):
+        ModelFile(path)
 
 
 def test_files_that_say_themselves_what_they_are(tmp_path: Path) -> None:

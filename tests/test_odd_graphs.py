@@ -328,6 +328,22 @@ def test_names_that_clients_could_not_tell_apart(
     refused(tmp_path, text, words)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            SUM.replace("[outputs.y]", '[outputs.y]\nelement_names = ["a"]'),
+            "outputs.y.element_names: 1 names for 3 elements",
+        ),
+        ('labels = ["a", "b"]\n' + SUM, "labels: 2 names for 3 elements"),
+        (SUM.replace("[inputs.x]", "[inputs.x]\nnum_ids = 5"), "inputs.x.num_ids: it is float32, and ids are integers"),
+    ],
+)
+def test_what_is_said_of_elements_has_to_fit(tmp_path: Path, text: str, words: str) -> None:
+    running_sum(describe(tmp_path, "it", ""))
+    refused(tmp_path, text, words)
+
+
 def test_a_batch_of_more_than_one_has_to_be_dynamic(tmp_path: Path) -> None:
     foreign.lstm(describe(tmp_path, "it", TIMED), batch=4)
     assert "inputs.input: its axis of sequences, 0, is fixed at 4" in fault_of(tmp_path)
