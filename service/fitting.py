@@ -243,12 +243,15 @@ class Fit:
     ) -> tuple[int, ...]:
         """Sizes of all other axes."""
         rank = rank_of(value)
+        is_known = rank is not None
         if rank is None:
             if shape is None:
                 raise ModelBroken(f"{key}: the graph does not know its shape: give shape, without batch and time")
-            return shape
+            rank = len(axes) + len(shape)
         if axes and max(axes) >= rank:
             raise ModelBroken(f"{key}: axis {max(axes)} of a tensor of {rank} axes")
+        if shape is not None and not is_known:
+            return shape
         found = [size_of(value, axis) for axis in range(rank) if axis not in axes]
         if shape is not None:
             if len(shape) != len(found) or any(a not in (None, b) for a, b in zip(found, shape, strict=True)):

@@ -154,7 +154,7 @@ def read_description(path: Path) -> Description:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelBroken(f"{path}: can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not its own alone: of text, of numbers' lengths
         raise ModelBroken(f"{path} is not TOML: {error}") from error
     return describe(values, str(path))
 

@@ -191,6 +191,45 @@ def test_branches_functions_and_sparse_weights(tmp_path: Path) -> None:
             equal(np.array(list(stream.run(x))), np.array(wanted))
 
 
+@pytest.mark.parametrize("lengths", [False, True])
+def test_every_tensor_has_its_axes_where_it_wants(tmp_path: Path, lengths: bool) -> None:
+    """Inputs [batch, time, 3] and [3, batch, time], a bias of the sequence [3, batch]; answers [time, 3, batch]."""
+    it = Foreign()
+    it.node("Transpose", ["b"], "b.first", perm=[1, 2, 0])
+    it.node("Transpose", ["bias"], "bias.first", perm=[1, 0])
+    wide = it.node("Unsqueeze", ["bias.first", it.constant("one", 1)], "bias.wide")
+    it.node("Add", [it.node("Mul", ["a", "b.first"], "product"), wide], "biased")
+    sums = it.node("CumSum", ["biased", it.constant("axis", 1)], "sums")
+    it.node("Unsqueeze", ["s", "one"], "s.wide")
+    it.node("Add", [sums, "s.wide"], "all")
+    it.node("Transpose", ["all"], "y", perm=[1, 2, 0])
+    takes = [("a", ["n", "t", 3]), ("b", [3, "n", "t"]), ("bias", [3, "n"]), ("s", ["n", 3])]
+    if lengths:  # the last real one of each sequence
+        takes.append(("lens", TensorProto.INT64, ["n"]))
+        last = it.node("Sub", ["lens", it.node("Squeeze", ["one"], "one.scalar")], "last")
+        places = it.node("Unsqueeze", [last, it.constant("both", 1, 2)], "places")
+        it.node("Expand", [places, it.constant("wide", 1, 1, 3)], "places.wide")
+        it.node("GatherElements", ["all", "places.wide"], "s_all", axis=1)
+        it.node("Squeeze", ["s_all", "one"], "s_out")
+    else:
+        it.node("ReduceMean", ["all"], "s_out", axes=[1], keepdims=0)  # of one step
+    text = ("lengths = 'lens'\n" if lengths else "") + (
+        "[inputs.a]\ntime_axis = 1\n[inputs.b]\nbatch_axis = 1\ntime_axis = 2\n"
+        "[inputs.bias]\nper = 'sequence'\nbatch_axis = 1\n"
+        "[outputs.y]\nbatch_axis = 2\ntime_axis = 0\n[states.s]\nnext = 's_out'\n"
+    )
+    it.save(describe(tmp_path, "it", text), takes, [("y", ["t", 3, "n"]), ("s_out", ["n", 3])])
+    left, right = (sequences(seed, 6, 2, 9) for seed in (1, 1))
+    right = [x[::-1].copy() for x in right]
+    bias = np.random.default_rng(4).standard_normal((6, 3)).astype(np.float32)
+    wanted = [np.cumsum(a * b + c, axis=0) for a, b, c in zip(left, right, bias, strict=True)]
+    with serving(tmp_path, max_chunk_steps=3) as served, Client(served.address) as client:
+        answers = client.predict("it", {"a": left, "b": right, "bias": bias}, return_state=True)
+        for y, last, each in zip(answers, answers.states["s"], wanted, strict=True):
+            np.testing.assert_allclose(y, each, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(last, each[-1], rtol=1e-4, atol=1e-5)
+
+
 CHANNELS, TAPS = 3, 4
 
 
@@ -342,6 +381,23 @@ def test_names_that_clients_could_not_tell_apart(
 def test_what_is_said_of_elements_has_to_fit(tmp_path: Path, text: str, words: str) -> None:
     running_sum(describe(tmp_path, "it", ""))
     refused(tmp_path, text, words)
+
+
+@pytest.mark.parametrize(
+    "text", ["max_batch = " + "9" * 5000, "labels = " + "[" * 100_000, "\0", "labels = 2026-13-40", "\udcff"]
+)
+def test_texts_that_are_no_toml(tmp_path: Path, text: str) -> None:
+    running_sum(describe(tmp_path, "it", ""))
+    (tmp_path / "it" / "1" / "model.toml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert "is not TOML" in fault_of(tmp_path)
+
+
+def test_axes_of_tensors_whose_shape_is_not_known(tmp_path: Path) -> None:
+    path = running_sum(describe(tmp_path, "it", SUM.replace("[outputs.y]", "[outputs.y]\nshape = [3]\nbatch_axis = 2")))
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(model, path)
+    assert "outputs.y: axis 2 of a tensor of 2 axes" in fault_of(tmp_path)
 
 
 def test_a_batch_of_more_than_one_has_to_be_dynamic(tmp_path: Path) -> None:
