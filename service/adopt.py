@@ -130,11 +130,16 @@ class _Look:
         for name, value in self._takes.items():
             if name in self._hints.constants:
                 continue
-            if rank_of(value) == 0:
+            if rank_of(value) == 0 or (rank_of(value) == size_of(value, 0) == 1 and self._is_batched()):
                 raise ModelBroken(
                     f"input {name!r} is a single {_dtype(value)}, which is the same in every call: say which, "
                     f"--constant {name}=VALUE"
                 )
+
+    def _is_batched(self) -> bool:
+        """Whether some input has an axis of any size, so that one of size 1 is no batch."""
+        axes = ((value, axis) for value in self._takes.values() for axis in range(rank_of(value) or 0))
+        return any(size_of(value, axis) is None for value, axis in axes)
 
     def _find_lengths(self) -> None:
         for name, value in self._takes.items():

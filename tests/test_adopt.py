@@ -75,6 +75,19 @@ def test_a_scalar_is_asked_for(tmp_path: Path) -> None:
     assert adopted(path, "--constant", "rate=0.5")["constants"] == {"rate": 0.5}
 
 
+def test_a_tensor_of_one_number_is_no_batch(tmp_path: Path) -> None:
+    it = Foreign()
+    it.node("Add", [it.node("Mul", ["x", "rate"], "scaled"), "h"], "h_out")
+    it.node("Identity", ["h_out"], "y")
+    row = ["batch", FEATURES]
+    it.save(tmp_path / "it.onnx", [("x", row), ("h", row), ("rate", [1])], [("y", row), ("h_out", row)])
+    code, output = run(tmp_path / "it.onnx")
+    assert code == 1
+    assert "input 'rate' is a single float32" in output
+    found = adopted(tmp_path / "it.onnx", "--constant", "rate=0.5")
+    assert (found["constants"], found["inputs"], "max_batch" in found) == ({"rate": 0.5}, {"x": {}}, False)
+
+
 def test_frames_of_samples_are_doubted_until_the_chunk_is_said(tmp_path: Path) -> None:
     path = foreign.framed(tmp_path / "it.onnx")
     found = adopted(path, "--chunk", 4, "--context", 2)
