@@ -145,6 +145,7 @@ def test_broken_version_leaves_the_one_before(watched: Watched, root: Path, capl
     assert caplog.text.count("m/2 can't be loaded") == 1, "it is tried again though it has not changed"
     shutil.rmtree(root / "m" / "2")
     assert watched.look() == ["m/1"]
+    assert caplog.text.count("m/2 can't be loaded") == 1, "it is tried again though it is gone"
     assert watched.metric("rnnserve_broken_models") == 0
     assert "m/2" not in watched.index()
 

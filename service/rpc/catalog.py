@@ -183,7 +183,8 @@ class Catalog:
             believed = self._settling.look(found.prints)
             was_broken = list(holdings.broken)
             holdings.take_faults(found)
-            holdings.mend(key for key in holdings.broken_prints if key not in found.prints)
+            gone = [key for key in holdings.broken_prints if key not in found.prints and key not in believed]
+            holdings.mend(gone)
             await self._follow(self._models)
             if holdings.broken != was_broken:
                 await self._hands.tell_broken()
