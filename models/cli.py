@@ -15,7 +15,15 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, get_args, get_ori
 import click
 
 from models.dataflags import data_options
-from models.errors import DataError, MissingExtra, ModelsError, RecipeError, UnknownTask
+from models.errors import (
+    DataError,
+    ForeignFileError,
+    MissingExtra,
+    ModelFileError,
+    ModelsError,
+    RecipeError,
+    UnknownTask,
+)
 from models.options import PRESETS
 from models.quantization import MAX_DROP, QuantizedForm
 from models.recipe import Recipe
@@ -23,6 +31,7 @@ from models.spec import Spec
 from models.tasks import NAMES
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+_NOT_THERE = (FileNotFoundError, IsADirectoryError, PermissionError)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +48,8 @@ def reports_errors(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except (DataError, MissingExtra, RecipeError, UnknownTask) as error:
             _end(str(error), USAGE)
+        except (ModelFileError, ForeignFileError) as error:
+            _end(str(error), USAGE if isinstance(error.__cause__, _NOT_THERE) else FAILED)
         except ModelsError as error:
             _end(str(error), FAILED)
 

@@ -111,5 +111,11 @@ class Recipe(LayerOptions):
 
 def faults(error: ValidationError) -> str:
     """Say what is wrong with settings, by name, in one line."""
-    found = [(".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+    found = [
+        (
+            ".".join(map(str, each["loc"])),
+            "it has to be given" if each["type"] == "missing" else each["msg"].removeprefix("Value error, "),
+        )
+        for each in error.errors()
+    ]
     return "; ".join(f"{name}: {what}" if name else what for name, what in found)

@@ -201,9 +201,12 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         elif first["type"] == "extra_forbidden":
             close = difflib.get_close_matches(name, Settings.model_fields, n=1)
             meant = f"; did you mean {close[0]}?" if close else ""
-            message = f"{name} is no setting; `rnnserve serve --help` lists them{meant}"
+            place = "" if name in flags else f"{config}: "
+            message = f"{place}{name} is no setting; `rnnserve serve --help` lists them{meant}"
         else:
-            message = f"{name}: {first['msg']}, got {first.get('input')!r}"
+            source = sources_of(flags, config).get(str(first["loc"][0]), "") if first["loc"] else ""
+            where = f" from {source}" if source else ""
+            message = f"{name}: {first['msg'].removeprefix('Value error, ')}, got {first.get('input')!r}{where}"
         raise ConfigError(message, field=name) from error
     _check_spilling(settings)
     return settings

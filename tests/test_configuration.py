@@ -78,7 +78,18 @@ def test_variables_that_set_nothing_are_told_with_what_was_meant(environment):
 def test_a_name_in_the_file_that_sets_nothing_is_told_with_what_was_meant(tmp_path):
     path = tmp_path / "s.toml"
     path.write_text("repository = '/models'\nmax-sesions = 1\n")
-    with pytest.raises(ConfigError, match=r"max-sesions is no setting; .*; did you mean max_sessions\?$"):
+    with pytest.raises(ConfigError, match=r"s\.toml: max-sesions is no setting; .*; did you mean max_sessions\?$"):
+        load_settings({}, path)
+
+
+def test_a_value_that_cannot_work_is_told_with_where_it_is_from(tmp_path, environment):
+    path = tmp_path / "s.toml"
+    path.write_text("repository = '/models'\nport = 'http'\n")
+    for flags, source in (({}, str(path)), ({"port": "x"}, "--port")):
+        with pytest.raises(ConfigError, match=f"^port: .*, got '.*' from {re.escape(source)}$"):
+            load_settings(flags, path)
+    environment("RNNSERVE_PORT", "tcp://10.0.0.1:8001")
+    with pytest.raises(ConfigError, match=r"^port: .*, got 'tcp://.*' from RNNSERVE_PORT$"):
         load_settings({}, path)
 
 

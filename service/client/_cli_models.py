@@ -11,7 +11,7 @@ import click
 from service.client._cli_options import client_of, complete_models, server_options
 
 if TYPE_CHECKING:
-    from service.client.info import ModelInfo, ModelList, TensorInfo
+    from service.client.info import BrokenModelInfo, ModelInfo, ModelList, TensorInfo
 
 _SHOWN = 40
 """Words of a vocabulary that are shown."""
@@ -60,8 +60,12 @@ def _table(models: ModelList) -> str:
     ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-    lines += [f"broken: {model.name} {model.version or ''}: {model.error}" for model in models.broken]
+    lines += [f"broken: {_name(model)}: {model.error}" for model in models.broken]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _name(broken: BrokenModelInfo) -> str:
+    return f"{broken.name} {broken.version}" if broken.version else broken.name
 
 
 def _sheet(model: ModelInfo) -> str:

@@ -35,6 +35,11 @@ EXTRAS = {
 """Extra that installs a module."""
 REFUSED, USAGE, NO_CONNECTION = 1, 2, 3
 INTERRUPTED, BROKEN_PIPE = 130, 141
+_UNREACHABLE = (
+    "; start a server by `rnnserve serve`, or say where it is by --server or RNNSERVE_SERVER, and by --tls or --ca "
+    "that it has TLS"
+)
+_LATE = ": the server did not answer in time; --timeout gives it longer"
 
 
 class Commands(click.Group):
@@ -61,6 +66,20 @@ class Commands(click.Group):
             return _unavailable(cmd_name, error)
         return command if isinstance(command, click.Command) else None
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the subcommand; of a name that none has, say which was meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if close:
+                raise click.UsageError(f"{error.message} (Did you mean {close[0]!r}?)", ctx) from None
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run; what goes wrong on purpose is one line on standard error."""
         try:
@@ -80,7 +99,7 @@ class Commands(click.Group):
             code = _exit_code(error)
             if code is None:
                 raise
-            _fail(ctx, str(error), code)
+            _fail(ctx, f"{error}{_advice(error)}", code)
         return result
 
 
@@ -141,6 +160,16 @@ def _exit_code(error: BaseException) -> int | None:
     if isinstance(error, Unavailable):
         return NO_CONNECTION
     return REFUSED if isinstance(error, RnnserveError | ServiceError) else None
+
+
+def _advice(error: BaseException) -> str:
+    """Say what to do where the words are those of gRPC, which knows nothing of this command."""
+    from service.client.errors import DeadlineExceeded, Unavailable
+
+    text = str(error)
+    if isinstance(error, Unavailable) and ("failed to connect" in text or "DNS resolution failed" in text):
+        return _UNREACHABLE
+    return _LATE if isinstance(error, DeadlineExceeded) and text == "Deadline Exceeded" else ""
 
 
 def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:

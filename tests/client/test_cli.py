@@ -223,7 +223,12 @@ def test_stream_answers_each_line_as_it_arrives(address):
         (["stream", "flow"], "nan,2,3\n", 1, "is nan"),
         (["stream", "flow"], "", 2, "standard input: no timesteps"),
         (["stream", "flow", "gone.csv"], None, 2, "gone.csv: No such file"),
-        (["models", "--server", "localhost:1", "--timeout", "5"], None, 3, "connect"),
+        (
+            ["models", "--server", "localhost:1", "--timeout", "5"],
+            None,
+            3,
+            "; start a server by `rnnserve serve`",
+        ),
         (["stream", "flow", "--server", "localhost:1"], "1,2,3\n", 3, "connect"),
     ],
 )
@@ -252,6 +257,12 @@ def test_wrong_usage_is_2(run, args):
     code, _, err = run(*args)
     assert code == 2
     assert "Usage: " in err
+
+
+def test_a_subcommand_that_does_not_exist_is_told_with_what_was_meant(run):
+    _, _, err = run("sreve")
+    assert err.endswith("Error: No such command 'sreve'. (Did you mean 'serve'?)\n")
+    assert "mean" not in run("nothing")[2]
 
 
 def test_an_interrupted_stream_ends_quietly(address):

@@ -129,7 +129,7 @@ def test_config_of_a_task_that_ships(tmp_path):
         ("", "name either a task that ships, or a data file with [data]"),
         ("task = vowels", "not TOML: "),
         ("[data]\nfile = 'a.csv'\ntarget = 'y'\nsplit = 'time'\n", "data: split time needs a time_column"),
-        ("[data]\nfile = 'a.csv'\nsequence_column = 's'\n", "data.target: Field required"),
+        ("[data]\nfile = 'a.csv'\nsequence_column = 's'\n", "data.target: it has to be given"),
         ("task = 'vowels'\nhidden = 3\n", "hidden: Extra inputs are not permitted"),
     ],
 )
@@ -148,7 +148,7 @@ def test_wrong_config_is_one_clear_line(tmp_path, text, said):
         ([], f"nothing to train: name a TASK ({', '.join(tasks.NAMES)}), a --data FILE, or a --config FILE"),
         (["--target", "y"], "nothing to train: name a TASK"),
         (["vowels", "--data", "a.csv", "--target", "y"], "TASK vowels comes with its data: leave it out beside"),
-        (["--data", "a.csv", "--sequence-column", "s"], "target: Field required"),
+        (["--data", "a.csv", "--sequence-column", "s"], "target: it has to be given"),
         (["--data", "a.csv", "--target", "y", "--sequence-column", "s"], "a.csv: cannot be read: No such file"),
         (["--config", "none.toml"], "none.toml: cannot be read: No such file"),
         (["vowels", "--resume"], "--resume goes on with the run in --out, by its own run.toml"),
