@@ -88,6 +88,24 @@ def test_a_tensor_of_one_number_is_no_batch(tmp_path: Path) -> None:
     assert (found["constants"], found["inputs"], "max_batch" in found) == ({"rate": 0.5}, {"x": {}}, False)
 
 
+def test_control_inputs_of_triton_are_constants(tmp_path: Path) -> None:
+    """START [batch, 1] would zero the state, which the server does itself; READY would keep it as it was."""
+    it = Foreign()
+    it.node("Sub", ["READY", "START"], "goes on")
+    it.node("Add", [it.node("Mul", ["h", "goes on"], "kept"), "x"], "h_out")
+    it.node("Identity", ["h_out"], "y")
+    row, control = ["batch", FEATURES], ["batch", 1]
+    takes = [("x", row), ("h", row), ("START", control), ("READY", control)]
+    it.save(tmp_path / "it.onnx", takes, [("y", row), ("h_out", row)])
+    constants = ["--constant", "START=[[0]]", "--constant", "READY=[[1]]"]
+    code, output = run(tmp_path / "it.onnx", "--repository", tmp_path / "root", *constants)
+    assert code == 0, output
+    x = np.random.default_rng(0).standard_normal((9, FEATURES)).astype(np.float32)
+    with serving(tmp_path / "root") as served, Client(served.address) as client:
+        for y in client.predict("it", [x, x]):
+            np.testing.assert_allclose(y, np.cumsum(x, axis=0), rtol=1e-5, atol=1e-6)
+
+
 def test_frames_of_samples_are_doubted_until_the_chunk_is_said(tmp_path: Path) -> None:
     path = foreign.framed(tmp_path / "it.onnx")
     found = adopted(path, "--chunk", 4, "--context", 2)
