@@ -44,6 +44,8 @@ class Adapted:
     """What it is, as the file of an exported model would say."""
     digest: str
     """SHA-256 over the files that it was made of."""
+    suspect: Description | None = None
+    """What it is described by, where only a run tells whether an answer depends on steps to come."""
 
 
 def is_described(path: Path) -> bool:
@@ -75,7 +77,7 @@ def adapt(path: Path, description: Description | None = None) -> Adapted:
         raise ModelBroken(f"{path.parent}: {error}") from error
     except Exception as error:  # whatever is wrong with this file, the others are served
         raise ModelBroken(f"{path.parent}: it can't be adapted: {type(error).__name__}: {error}") from error
-    return Adapted(content, spec, digest)
+    return Adapted(content, spec, digest, description if builder.may_look_ahead else None)
 
 
 def weight_files(model: onnx.ModelProto, folder: Path) -> list[Path]:
@@ -120,10 +122,13 @@ class _Builder:
         """Files that it was made of beside the model's."""
         self._fit = Fit(model, description)
         self._takes, self._gives = self._fit.takes, self._fit.gives
+        self.may_look_ahead = False
+        """Whether only a run tells that steps are answered by what was before."""
 
     def build(self) -> tuple[bytes, Spec]:
         """Make (the file, its spec). Raises ModelBroken."""
         inputs, outputs, states = self._fit.tensors()
+        self.may_look_ahead = self._fit.may_look_ahead
         try:
             spec = self._spec(inputs, outputs, states)
         except ValidationError as error:

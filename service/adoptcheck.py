@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from models.spec import Layout
-from service.adapter import adapt
+from service.adapter import adapt, import_onnx
 from service.adopt import Found
 from service.backend import Backend, run_once
 from service.errors import ModelBroken, RunFailed
 from service.layouts import dtype_of, rank_of, size_of
+from service.modelfile import Description
 from service.probe import ROUNDING, probe
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def check(path: Path, graph: onnx.GraphProto, found: Found) -> str:
     so, or whose answers depend on steps to come.
     """
     _Check(path, graph, found).learn_sizes()
-    backend = Backend(path, adapted=adapt(path, found.description()))
+    adapted = adapt(path, found.description())
+    backend = Backend(path, adapted=adapted)
     try:
         exactness = probe(backend, PROBE_ROWS)
     except RunFailed as error:
@@ -52,8 +54,23 @@ def check(path: Path, graph: onnx.GraphProto, found: Found) -> str:
     if backend.is_whole:
         found.doubts.append("lengths: a layer reads sequences from their end, so that they are served whole")
     _check_states(backend, found)
-    _Check(path, graph, found).compare_whole(backend)
+    _Check(path, graph, found).compare_whole(backend, last_ones=adapted.suspect is not None)
     return f"{exactness.verdict}, {exactness.detail}"
+
+
+def check_steps(path: Path, description: Description, backend: Backend) -> None:
+    """Run a described model whole and step by step. Raises ModelBroken where an answer depends on steps to come."""
+    graph = import_onnx().load(path, load_external_data=False).graph
+    found = Found(
+        inputs={name: entry.model_dump(exclude_defaults=True) for name, entry in description.inputs.items()},
+        outputs={name: entry.model_dump(exclude_defaults=True) for name, entry in description.outputs.items()},
+        states={name: entry.model_dump() for name, entry in description.states.items()},
+        constants=dict(description.constants),
+    )
+    try:
+        _Check(path, graph, found).compare_whole(backend, last_ones=True)
+    except RunFailed as error:
+        raise ModelBroken(f"it does not run: {error}") from error
 
 
 def _check_states(backend: Backend, found: Found) -> None:
@@ -101,9 +118,11 @@ class _Check:
         axes = (entry.get("batch_axis", 0), entry.get("time_axis", "none"))
         return rank is None or any(size_of(value, axis) is None for axis in range(rank) if axis not in axes)
 
-    def compare_whole(self, backend: Backend) -> None:
+    def compare_whole(self, backend: Backend, *, last_ones: bool) -> None:
         """Give a sequence whole to a graph whose time is dynamic, and step by step.
 
+        last_ones  compare outputs without an axis of time too, with the last step's; those of a graph of frames, whose
+                   chunk has not been said yet, are others
         Raises ModelBroken where the answers differ.
         """
         found = self._found
@@ -118,8 +137,12 @@ class _Check:
         outputs, _ = backend.run(inputs, np.array([STEPS], dtype=np.int32), states)
         for (name, entry), ours in zip(found.outputs.items(), outputs, strict=True):
             if entry.get("time_axis") is None:
-                continue
-            theirs = self._first(entry, whole[name])
+                if not last_ones:
+                    continue
+                theirs = self._sequence(entry, whole[name])
+                ours = ours if entry.get("per") == "sequence" else ours[:, -1]
+            else:
+                theirs = self._first(entry, whole[name])
             worst = float(np.abs(theirs - ours).max()) / (float(np.abs(theirs).max()) or 1.0)
             if not worst <= ROUNDING:
                 raise ModelBroken(
@@ -138,6 +161,12 @@ class _Check:
         if batch == "none":
             return np.moveaxis(values, time, 0)[None]
         return np.moveaxis(values, (batch, time), (0, 1))[:1]
+
+    @staticmethod
+    def _sequence(entry: dict[str, Any], values: Array) -> Array:
+        """The first sequence as [1, *row]."""
+        batch = entry.get("batch_axis", 0)
+        return values[None] if batch == "none" else np.moveaxis(values, batch, 0)[:1]
 
     def _feeds(self, steps: int) -> dict[str, Array]:
         """Random inputs of one sequence, as the graph takes them."""

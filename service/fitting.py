@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _MIN_OPSET = 11
 """The first with Range."""
+_LENGTHS_INPUT = 4
+"""Number of the input sequence_lens of the operators RNN, LSTM and GRU."""
 _RESERVED = (LENGTHS, SOURCE_LENGTHS)
 """Inputs that graphs of the contract have beside those that their spec names."""
 
@@ -33,7 +35,7 @@ class Fit:
         """The graph's inputs by name, without its weights."""
         self.gives = {each.name: each for each in self._graph.output}
         """Its outputs by name."""
-        self.looks_ahead = self._has_lengths and bool(_reads_back(self._graph))
+        self.looks_ahead = self._has_lengths and _reads_back(self._graph, over_lengths=True)
         """Whether sequences are to be given whole."""
 
     def tensors(self) -> tuple[dict[str, Lie], dict[str, Lie], dict[str, Lie]]:
@@ -41,10 +43,8 @@ class Fit:
         self._check()
         found = self._tensors()
         self._check_elements(*found[:2])
-        if not self._has_lengths:
-            self._check_causal()
-            if not self._says.states:
-                self._check_stateless()
+        if not self._has_lengths and not self._says.states:
+            self._check_stateless()
         return found
 
     def _check(self) -> None:
@@ -119,16 +119,13 @@ class Fit:
             if entry.num_ids is not None and dtype not in ("int64", "int32"):
                 raise ModelBroken(f"{DESCRIPTION_FILE}: inputs.{name}.num_ids: it is {dtype}, and ids are integers")
 
-    def _check_causal(self) -> None:
-        """Check that steps that are given one by one can be answered so."""
+    @property
+    def may_look_ahead(self) -> bool:
+        """Whether a layer reads from the end of an axis that may be that of time, though steps are given one by one."""
         entries = self._says.inputs.items()
-        timed = [name for name, entry in entries if entry.time_axis != "none" and not entry.chunk]
-        is_open = [name for name in timed if size_of(self.takes[name], int(self._says.inputs[name].time_axis)) is None]
-        if is_open and (node := _reads_back(self._graph)):
-            raise ModelBroken(
-                f"it can't be stepped: {node} reads a sequence from its end: export it with an input of lengths, and "
-                "name that by lengths; then sequences are served whole"
-            )
+        timed = [(name, entry.time_axis) for name, entry in entries if entry.time_axis != "none" and not entry.chunk]
+        is_open = any(size_of(self.takes[name], int(axis)) is None for name, axis in timed)
+        return is_open and not self._has_lengths and _reads_back(self._graph)
 
     def _check_stateless(self) -> None:
         says = self._says
@@ -264,16 +261,21 @@ class Fit:
         return tuple(size for size in found if size is not None)
 
 
-def _reads_back(graph: onnx.GraphProto) -> str:
-    """Name a recurrent node that reads a sequence from its end; empty where there is none."""
+def _reads_back(graph: onnx.GraphProto, *, over_lengths: bool = False) -> bool:
+    """Whether a recurrent node reads a sequence from its end.
+
+    over_lengths  one that knows how long each is, alone: another's axis is not that of time, but of frequency, say
+    """
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "direction" and attribute.s in (b"bidirectional", b"reverse"):
-                return node.name or f"a {attribute.s.decode()} {node.op_type}"
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                if found := _reads_back(inner):
-                    return found
-    return ""
+        knows_lengths = len(node.input) > _LENGTHS_INPUT and bool(node.input[_LENGTHS_INPUT])
+        for each in node.attribute:
+            reads_back = each.name == "direction" and each.s in (b"bidirectional", b"reverse")
+            if reads_back and (knows_lengths or not over_lengths):
+                return True
+            inner = (*each.graphs, *([each.g] if each.HasField("g") else []))
+            if any(_reads_back(part, over_lengths=over_lengths) for part in inner):
+                return True
+    return False
 
 
 def _unknown(key: str, what: str, known: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from models.spec import MODEL_FILE, Layout, Spec
 from service.adapter import adapt, is_described
+from service.adoptcheck import check_steps
 from service.backend import Backend, check_provider
 from service.changes import Key, Prints, changes
 from service.config import Settings
@@ -96,13 +97,16 @@ def load_version(
     path = Path(settings.repository) / name / str(version) / MODEL_FILE
     if not path.is_file():
         raise ModelBroken(f"{path}: no such file")
+    adapted = adapt(path) if is_described(path) else None
     backend = Backend(
         path,
         provider=settings.provider,
         device_id=settings.device_id,
         keeps_states=keeps_states,
-        adapted=adapt(path) if is_described(path) else None,
+        adapted=adapted,
     )
+    if adapted is not None and adapted.suspect is not None:
+        check_steps(path, adapted.suspect, backend)
     if shared := [t.name for t in backend.graph.inputs if t.layout is Layout.SHARED]:
         raise ModelBroken(f"{path}: inputs {', '.join(shared)} are shared by all sequences, which can't be served")
     encoder = None

@@ -116,7 +116,40 @@ def test_one_that_reads_from_the_end_and_knows_no_lengths_is_refused(tmp_path: P
     bidirectional(
         describe(tmp_path, "it", "[inputs.input]\ntime_axis = 1\n[outputs.y]\ntime_axis = 1\n"), lengths=False
     )
-    assert "it can't be stepped: a bidirectional LSTM reads a sequence from its end" in fault_of(tmp_path)
+    assert "it can't be stepped: 7 steps at once are answered otherwise" in fault_of(tmp_path)
+
+    it = Foreign()  # the last answer alone
+    it.node("Transpose", ["input"], "x", perm=[1, 0, 2])
+    weights = [it.weight(name, 2, 4 * HIDDEN, width) for name, width in {"W": FEATURES, "R": HIDDEN}.items()]
+    it.node("LSTM", ["x", *weights], ["Y", "last"], hidden_size=HIDDEN, direction="bidirectional")
+    it.node("ReduceSum", ["last", it.constant("axis", 0)], "y", keepdims=0)
+    path = describe(tmp_path, "it", "[inputs.input]\ntime_axis = 1\n[outputs.y]\nper = 'sequence'\n")
+    it.save(path, [("input", ["b", "t", FEATURES])], [("y", ["b", HIDDEN])])
+    assert "it can't be stepped: 7 steps at once are answered otherwise" in fault_of(tmp_path)
+
+
+def test_one_that_reads_another_axis_from_its_end_is_stepped(tmp_path: Path) -> None:
+    """Bands of a frame [batch, time, bands], read in both directions, each band beside a sum over time."""
+    it = Foreign()
+    flat = it.node("Reshape", ["frames", it.constant("flat", -1, 4, 1)], "bands")  # [batch x time, bands, 1]
+    first = it.node("Transpose", [flat], "bands.first", perm=[1, 0, 2])
+    widths = {"W": 1, "R": 1}
+    weights = [it.weight(name, 2, 4, width) for name, width in widths.items()]
+    it.node("LSTM", [first, *weights], "Y", hidden_size=1, direction="bidirectional")
+    it.node("ReduceSum", ["Y", it.constant("one", 1)], "both", keepdims=0)  # [bands, batch x time, 1]
+    it.node("Transpose", ["both"], "both.first", perm=[1, 0, 2])
+    it.node("Reshape", ["both.first", it.node("Shape", ["frames"], "shape")], "seen")
+    it.node("Add", [it.node("CumSum", ["seen", "one"], "sums"), it.node("Unsqueeze", ["s", "one"], "s.wide")], "y")
+    it.node("Slice", ["y", it.constant("last", -1), it.constant("end", 2**31), "one"], "y.last")
+    it.node("Squeeze", ["y.last", "one"], "s_out")
+    frames, row = ["b", "t", 4], ["b", 4]
+    text = "[inputs.frames]\ntime_axis = 1\n[outputs.y]\ntime_axis = 1\n[states.s]\nnext = 's_out'\n"
+    path = describe(tmp_path, "it", text)
+    it.save(path, [("frames", frames), ("s", row)], [("y", frames), ("s_out", row)])
+    [x] = sequences(3, 1, 9, 9, features=4)
+    with serving(tmp_path) as served, Client(served.address) as client, client.stream("it") as stream:
+        wanted = foreign.run(path, {"frames": x[None], "s": np.zeros((1, 4), np.float32)})["y"][0]
+        np.testing.assert_allclose(list(stream.run(x)), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_old_operators_and_weights_among_inputs(tmp_path: Path) -> None:
