@@ -127,7 +127,8 @@ class _Check:
         """
         found = self._found
         entries = found.inputs.items()
-        timed = [name for name, entry in entries if entry.get("time_axis") is not None and not entry.get("chunk")]
+        is_stepped = {"chunk", "context"}.isdisjoint  # by one entry, and given no other with it
+        timed = [name for name, entry in entries if entry.get("time_axis") is not None and is_stepped(entry)]
         if found.lengths or len(timed) < len(found.inputs) or any(self._time_size(name) for name in timed):
             return
         feeds = self._feeds(STEPS)
@@ -143,6 +144,12 @@ class _Check:
                 ours = ours if entry.get("per") == "sequence" else ours[:, -1]
             else:
                 theirs = self._first(entry, whole[name])
+            if theirs.shape != ours.shape:
+                raise ModelBroken(
+                    f"it can't be stepped: {name} of {STEPS} steps is {list(theirs.shape[1:])} at once, and one by one "
+                    f"{list(ours.shape[1:])}: a step may be a frame of several entries (--chunk), or need those before "
+                    "it again (--context)"
+                )
             worst = float(np.abs(theirs - ours).max()) / (float(np.abs(theirs).max()) or 1.0)
             if not worst <= ROUNDING:
                 raise ModelBroken(

@@ -290,7 +290,8 @@ class Part:
         inverse = [perm.index(axis) for axis in range(len(perm))]
         canonical = self.node("Transpose", [name], f"canonical/{gives}", perm=inverse)
         has_time = layout.time != "none" and layout.in_one_call
-        self.reshape(canonical, (-1, *layout.row) if not has_time else (0, -1, *layout.row), gives)
+        batch = 1 if layout.batch == "none" else 0  # 0: as many as there are, so that another size of a row is a fault
+        self.reshape(canonical, (batch, *([-1] if has_time else []), *layout.row), gives)
 
     def graph(self, name: str, values: tuple[Sequence[Any], Sequence[Any]]) -> onnx.GraphProto:
         """Finish it."""

@@ -253,6 +253,32 @@ def test_an_output_of_a_frame_has_the_frames_size(tmp_path: Path) -> None:
     assert found["outputs"] == {"y": {"shape": [4]}}
 
 
+def test_taps_that_reach_back_are_a_context(tmp_path: Path) -> None:
+    it = Foreign()
+    it.node("Conv", ["x", it.weight("kernel", 2, FEATURES, 4)], "y", kernel_shape=[4])
+    path = it.save(tmp_path / "it.onnx", [("x", ["batch", FEATURES, "samples"])], [("y", ["batch", 2, "out"])])
+    found = adopted(path, "--context", 3)
+    assert found["inputs"] == {"x": {"time_axis": 2, "context": 3}}
+
+    it.node("Pad", ["x", it.constant("pads", 0, 0, 3, 0, 0, 1)], "padded")  # an entry too many
+    it.nodes.reverse()
+    it.nodes[1].input[0] = "padded"
+    it.save(path, [("x", ["batch", FEATURES, "samples"])], [("y", ["batch", 2, "samples"])])
+    code, output = run(path, "--force")
+    assert code == 1
+    assert "it loads, but does not run: " in output
+
+
+def test_steps_that_are_left_out(tmp_path: Path) -> None:
+    it = Foreign()
+    ends = [it.constant(name, value) for name, value in (("from", 0), ("to", 2**31), ("axis", 1), ("stride", 2))]
+    it.node("Slice", ["x", *ends], "y")
+    it.save(tmp_path / "it.onnx", [("x", ["batch", "t", FEATURES])], [("y", ["batch", "u", FEATURES])])
+    code, output = run(tmp_path / "it.onnx")
+    assert code == 1
+    assert "it can't be stepped: y of 7 steps is [4, 3] at once, and one by one [7, 3]" in output
+
+
 def test_states_are_answered_where_nothing_else_is(tmp_path: Path) -> None:
     it = Foreign()
     it.node("Add", ["x", it.node("Squeeze", ["h", it.constant("zero", 0)], "flat")], "sum")
