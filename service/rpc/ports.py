@@ -38,8 +38,7 @@ def hold_port(settings: Settings, held: ExitStack) -> int:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind((name[0], port, *name[2:]))
             holder = held.enter_context(socket.socket(family, kind, protocol))
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            holder.bind((name[0], port, *name[2:]))
+            _bind(holder, (name[0], port, *name[2:]))
         except OSError as error:
             fault = error
             if error.errno == errno.EADDRINUSE:
@@ -54,3 +53,19 @@ def hold_port(settings: Settings, held: ExitStack) -> int:
             field="port",
         ) from fault
     return port
+
+
+def _bind(holder: socket.socket, name: tuple[str | int, ...]) -> None:
+    """Bind a socket to a port that is to be shared. Raises OSError.
+
+    Connections of a server that ran alone lie on its port for a minute after it has ended, and share it by SO_REUSEADDR
+    only. That comes second: with it, the probe of a second server finds the port taken only once the workers listen.
+    """
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        holder.bind(name)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(name)
