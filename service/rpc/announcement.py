@@ -36,7 +36,10 @@ class Announcement:
         for line in self.broken:
             log.error("BROKEN %s", line)
         if not self.models:
-            log.error("no model is served: `rnnserve export` writes one; only --watch sees it before the next start")
+            log.error(
+                "no model is served: `rnnserve export` writes one, MODEL/1/model.onnx in the repository; only --watch "
+                "sees it before the next start"
+            )
         click.echo("ready")
         sys.stdout.flush()
 
