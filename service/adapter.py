@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from models.spec import GoldenArray, GraphSpec, Layout, Parity, Spec, StateSpec, TensorSpec, Training
 from service.errors import ModelBroken
 from service.fitting import Fit
-from service.layouts import Lie, dtype_of
+from service.layouts import DTYPES, Lie, dtype_of
 from service.modelfile import (
     DESCRIPTION_FILE,
     Description,
@@ -187,7 +187,7 @@ class _Builder:
         is_last = all(each.layout is Layout.PER_SEQUENCE for each in graph.outputs)
         return Spec(
             topology="many-to-one" if is_last or says.labels else "many-to-many",
-            num_parameters=sum(int(np.prod(each.dims)) for each in self._graph.initializer),
+            num_parameters=_num_parameters(self._model),
             graphs=(graph,),
             max_batch=says.max_batch,
             labels=says.labels,
@@ -221,6 +221,14 @@ class _Builder:
         return StateSpec(
             name=name, next_name=self._says.next_of(name), dtype=dtype, row_shape=layout.rest, begins=begins
         )
+
+
+def _num_parameters(model: onnx.ModelProto) -> int:
+    """Count the numbers of a model's weights: those of its branches and its constants too, but no sizes and axes."""
+    from onnx.external_data_helper import _get_all_tensors
+
+    tensors = (each for each in _get_all_tensors(model) if DTYPES.get(each.data_type) not in ("int64", "int32", "bool"))
+    return sum(int(np.prod(each.dims)) for each in tensors)
 
 
 def _operators(graph: onnx.GraphProto) -> dict[str, int]:

@@ -133,3 +133,9 @@ def test_sequences_of_the_inference_protocol(served: Served, voices: list[Rows],
 def test_page_shows_what_adopt_writes(root: Path) -> None:
     [written] = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert written == (root / "vad" / "1" / "model.toml").read_text()
+
+
+def test_weights_within_branches_are_counted(served: Served, file: Path) -> None:
+    """All of them, of 4 bytes each, are most of the file; none is an initializer of the graph itself."""
+    with Client(served.address) as client:
+        assert 0.9 < client.model("vad").num_parameters * 4 / file.stat().st_size < 1
