@@ -74,8 +74,13 @@ def open_storage(settings: Settings) -> Storage:
 
         return RemoteStorage(root, settings.repository_cache)
     if not root.is_dir():
+        advice = (
+            "it is a file; name the directory that holds <model>/<version>/model.onnx"
+            if root.exists()
+            else f"make it, then `rnnserve export RUN --repository {root}`"
+        )
         raise ConfigError(
-            f"repository {root} is no directory: make it, then `rnnserve export RUN --repository {root}`",
+            f"repository {root} is no directory: {advice}",
             field="repository",
         )
     return LocalStorage(root)

@@ -165,9 +165,10 @@ def test_a_spill_store_that_cannot_be_written_is_a_setting_at_fault(load, tmp_pa
 
 
 def test_a_missing_repository_is_a_setting_at_fault(load, tmp_path):
-    for path in (tmp_path / "none", tmp_path / "file"):
-        (tmp_path / "file").touch()
-        with pytest.raises(ConfigError, match=f"repository {path} is no directory: make it, then `rnnserve") as caught:
+    (tmp_path / "file").touch()
+    for name, advice in (("none", "make it, then `rnnserve export"), ("file", "it is a file; name the directory that")):
+        path = tmp_path / name
+        with pytest.raises(ConfigError, match=f"repository {path} is no directory: {advice}") as caught:
             load(repository=path)
         assert caught.value.field == "repository"
 

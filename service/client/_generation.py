@@ -78,6 +78,10 @@ def generate_request(
     packed = list(_packed(info, generation, given, inputs))
     counts = {message.name: count for message, count in packed if count is not None}
     if prompts is None and not counts and generation.token_input:
+        if generation.begin_id is None:
+            raise InvalidArgument(
+                f"model {info.name} begins with a prompt: give a text of its vocabulary, {_shown(info)}"
+            )
         prompts = [()]
     if prompts is not None:
         if isinstance(prompts, str):
@@ -179,8 +183,12 @@ def _id_of(info: ModelInfo, word: str) -> int:
     for each in (word, word.lower(), word.upper()):
         if each in info.vocabulary:
             return info.vocabulary.index(each)
-    shown = " ".join(info.vocabulary[:_SHOWN]) + (" ..." if len(info.vocabulary) > _SHOWN else "")
-    raise InvalidArgument(f"prompt: {word!r} is not in the vocabulary of {info.name}: {shown}")
+    raise InvalidArgument(f"prompt: {word!r} is not in the vocabulary of {info.name}: {_shown(info)}")
+
+
+def _shown(info: ModelInfo) -> str:
+    """The beginning of a model's vocabulary."""
+    return " ".join(info.vocabulary[:_SHOWN]) + (" ..." if len(info.vocabulary) > _SHOWN else "")
 
 
 def _seeds(seed: int | Sequence[int] | None, num: int) -> list[int]:

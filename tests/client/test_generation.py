@@ -1,6 +1,7 @@
 """What is asked of Generate, and what is made of its answers: messages by hand, no server."""
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,7 +87,8 @@ def test_one_prompt_is_made_of_several_times():
     asked = request(NAMES, prompts=["<girl>"], num_sequences=3, seed=2**64 - 2)
     assert ids_of(asked.inputs[0]) == ([1, 1, 1], [1, 1, 1])
     assert list(asked.seeds) == [2**64 - 2, 2**64 - 1, 0]
-    assert ids_of(request(NAMES, num_sequences=2).inputs[0]) == ([], [0, 0])
+    begun = replace(NAMES, generation=replace(NAMES.generation, begin_id=1))  # which the server begins by itself
+    assert ids_of(request(begun, num_sequences=2).inputs[0]) == ([], [0, 0])
 
 
 def test_contexts_are_rows():
@@ -106,6 +108,7 @@ def test_contexts_are_rows():
         (SPOKEN, {"inputs": ["hi"], "prompts": ["HH", "HH"]}, "different numbers of sequences"),
         (SPOKEN, {"inputs": ["hi"], "num_sequences": 2}, "num_sequences is 2, but the inputs are of 1"),
         (NAMES, {"prompts": ["<girl>?"]}, r"prompt: '\?' is not in the vocabulary of names: <end> <girl> a b"),
+        (NAMES, {}, "names begins with a prompt: give a text of its vocabulary, <end> <girl> a b"),
         (NAMES, {"prompts": "<girl>"}, "prompts: expected a list, got one text"),
         (NAMES, {"inputs": ["a"], "prompts": ["a"]}, "names takes no inputs, only prompts"),
         (NAMES, {"prompts": ["a"], "max_steps": -1}, "max_steps: expected 0 or more"),
