@@ -24,6 +24,8 @@ SOURCE_LENGTHS = "source_lengths"
 """Graph input [batch] int32 of a decoder that reads per-source-step inputs: steps of each row's source. Never 0."""
 MODEL_FILE = "model.onnx"
 """Name of the file that carries the spec, within a version's directory; every model has it."""
+DESCRIPTION_FILE = "model.toml"
+"""Name of the file that describes a model file from elsewhere, which carries no spec, in the same directory."""
 
 Array = np.ndarray[Any, Any]
 

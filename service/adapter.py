@@ -48,11 +48,6 @@ class Adapted:
     """What it is described by, where only a run tells whether an answer depends on steps to come."""
 
 
-def is_described(path: Path) -> bool:
-    """Whether a model.toml lies beside a model file."""
-    return path.with_name(DESCRIPTION_FILE).is_file()
-
-
 def adapt(path: Path, description: Description | None = None) -> Adapted:
     """Make what is run of a model file and what its model.toml says, or `description` instead of it.
 

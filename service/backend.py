@@ -9,7 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,11 @@ from models.spec import (
     SpecError,
     parse_spec,
 )
-from service.adapter import Adapted
 from service.errors import ConfigError, ModelBroken, RunFailed
 from service.placement import CPU, Node, Placement
+
+if TYPE_CHECKING:
+    from service.adapter import Adapted
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about GPUs that can't be listed: the providers are checked below

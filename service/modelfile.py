@@ -12,10 +12,8 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.spec import DESCRIPTION_FILE as DESCRIPTION_FILE
 from service.errors import ModelBroken
-
-DESCRIPTION_FILE = "model.toml"
-"""Name of the file, within a version's directory."""
 
 Positive = Annotated[int, Field(gt=0)]
 Axis = Annotated[int, Field(ge=0)] | Literal["none"]

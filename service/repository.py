@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from models.spec import MODEL_FILE, Layout, Spec
-from service.adapter import adapt, is_described
-from service.adoptcheck import check_steps
+from models.spec import DESCRIPTION_FILE, MODEL_FILE, Layout, Spec
 from service.backend import Backend, check_provider
 from service.changes import Key, Prints, changes
 from service.config import Settings
@@ -97,16 +96,7 @@ def load_version(
     path = Path(settings.repository) / name / str(version) / MODEL_FILE
     if not path.is_file():
         raise ModelBroken(f"{path}: no such file")
-    adapted = adapt(path) if is_described(path) else None
-    backend = Backend(
-        path,
-        provider=settings.provider,
-        device_id=settings.device_id,
-        keeps_states=keeps_states,
-        adapted=adapted,
-    )
-    if adapted is not None and adapted.suspect is not None:
-        check_steps(path, adapted.suspect, backend)
+    backend = _load_backend(settings, path, keeps_states=keeps_states)
     if shared := [t.name for t in backend.graph.inputs if t.layout is Layout.SHARED]:
         raise ModelBroken(f"{path}: inputs {', '.join(shared)} are shared by all sequences, which can't be served")
     encoder = None
@@ -117,6 +107,21 @@ def load_version(
     lane = _lane(settings, name, version, backend, store, encoder)
     lane.tally.load_seconds = time.perf_counter() - began
     return lane
+
+
+def _load_backend(settings: Settings, path: Path, *, keeps_states: bool | None) -> Backend:
+    """Load a file, as a model.toml beside it says if there is one. Raises ModelBroken and ConfigError."""
+    load = partial(Backend, path, provider=settings.provider, device_id=settings.device_id, keeps_states=keeps_states)
+    if not path.with_name(DESCRIPTION_FILE).is_file():
+        return load()
+    from service.adapter import adapt  # a server whose models need none of it starts sooner without
+    from service.adoptcheck import check_steps
+
+    adapted = adapt(path)
+    backend = load(adapted=adapted)
+    if adapted.suspect is not None:
+        check_steps(path, adapted.suspect, backend)
+    return backend
 
 
 def _load_encoder(settings: Settings, name: str, version: int, decoder: Backend, *, keeps_states: bool | None) -> Lane:
