@@ -6,6 +6,7 @@ The graph itself is put into one that meets the contract of models/spec.py, in m
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ class _Builder:
             ),
             states=tuple(self._state_spec(name, each) for name, each in states.items()) + kept,
             looks_ahead=self._fit.looks_ahead,
-            operators=_operators(self._graph),
+            operators=dict(Counter(node.op_type for node in self._graph.node)),
         )
         is_last = all(each.layout is Layout.PER_SEQUENCE for each in graph.outputs)
         return Spec(
@@ -224,13 +225,6 @@ def _num_parameters(model: onnx.ModelProto) -> int:
 
     tensors = (each for each in _get_all_tensors(model) if DTYPES.get(each.data_type) not in ("int64", "int32", "bool"))
     return sum(int(np.prod(each.dims)) for each in tensors)
-
-
-def _operators(graph: onnx.GraphProto) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for node in graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts
 
 
 def _layout_of(per: str) -> Layout:

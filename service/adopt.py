@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from service.errors import ModelBroken
-from service.layouts import DTYPES, rank_of, shape_text, size_of
+from service.layouts import DTYPES, inputs_of, rank_of, shape_text, size_of
 from service.modelfile import DESCRIPTION_FILE, Description, describe
 
 if TYPE_CHECKING:
@@ -93,11 +93,9 @@ def look(graph: onnx.GraphProto, hints: Hints) -> Found:
 
 class _Look:
     def __init__(self, graph: onnx.GraphProto, hints: Hints) -> None:
-        weights = {each.name: each for each in graph.initializer}
         self._graph = graph
-        self._weights = weights
         self._hints = hints
-        self._takes = {each.name: each for each in graph.input if each.name not in weights}
+        self._takes = inputs_of(graph)
         self._gives = {each.name: each for each in graph.output}
         self.found = Found()
         for known, what in ((hints.constants, self._takes), (hints.states, self._takes)):
@@ -304,9 +302,10 @@ class _Look:
 
     def _num_ids(self, name: str) -> int | None:
         """Rows of the table that ids are looked up in."""
+        weights = {each.name: each for each in self._graph.initializer}
         for node in self._graph.node:
-            if node.op_type == "Gather" and node.input[1] == name and node.input[0] in self._weights:
-                return int(self._weights[node.input[0]].dims[0])
+            if node.op_type == "Gather" and node.input[1] == name and node.input[0] in weights:
+                return int(weights[node.input[0]].dims[0])
         return None
 
     def _output(self, name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,9 @@ from service.adapter import adapt, import_onnx
 from service.adopt import Found
 from service.backend import Backend, run_once
 from service.errors import ModelBroken, RunFailed
-from service.layouts import dtype_of, rank_of, size_of
+from service.layouts import dtype_of, inputs_of, rank_of, size_of, sizes_of
 from service.modelfile import Description
-from service.probe import ROUNDING, probe
+from service.probe import ROUNDING, probe, random_values
 
 if TYPE_CHECKING:
     import onnx
@@ -77,7 +76,7 @@ def _check_states(backend: Backend, found: Found) -> None:
     """Note states that a step leaves as they were."""
     graph, rng = backend.graph, np.random.default_rng(0)
     inputs = {
-        t.name: _random(rng, t.dtype, (1, *([1] if t.layout is Layout.PER_STEP else []), *t.row_shape), t.num_ids)
+        t.name: random_values(rng, t.dtype, (1, *([1] if t.layout is Layout.PER_STEP else []), *t.row_shape), t.num_ids)
         for t in graph.inputs
     }
     states = [np.zeros((1, *s.row_shape), s.dtype) for s in graph.states]
@@ -91,10 +90,9 @@ def _check_states(backend: Backend, found: Found) -> None:
 
 class _Check:
     def __init__(self, path: Path, graph: onnx.GraphProto, found: Found) -> None:
-        weights = {each.name for each in graph.initializer}
         self._path = path
         self._found = found
-        self._takes = {each.name: each for each in graph.input if each.name not in weights}
+        self._takes = inputs_of(graph)
         self._gives = {each.name: each for each in graph.output}
 
     def learn_sizes(self) -> None:
@@ -184,22 +182,16 @@ class _Check:
             sizes = {entry.get("batch_axis", 0): 1}
             if entry.get("time_axis") is not None:
                 sizes[entry["time_axis"]] = entry.get("chunk", steps) + entry.get("context", 0)
-            shape = [size_of(value, axis) or sizes.get(axis, 1) for axis in range(rank_of(value) or 0)]
-            feeds[name] = _random(rng, dtype_of(value, name), shape, entry.get("num_ids"))
+            shape = [size or sizes.get(axis, 1) for axis, size in enumerate(sizes_of(value))]
+            feeds[name] = random_values(rng, dtype_of(value, name), shape, entry.get("num_ids"))
         for name in found.states:
             value = self._takes[name]
-            shape = [size_of(value, axis) or 1 for axis in range(rank_of(value) or 0)]
+            shape = [size or 1 for size in sizes_of(value)]
             feeds[name] = np.zeros(shape, dtype_of(value, name))
         for name, given in found.constants.items():
             value = self._takes[name]
-            sizes_of = [size_of(value, axis) or 1 for axis in range(rank_of(value) or 0)]
-            feeds[name] = np.array(given, dtype_of(value, name)).reshape(sizes_of)
+            shape = [size or 1 for size in sizes_of(value)]
+            feeds[name] = np.array(given, dtype_of(value, name)).reshape(shape)
         if found.lengths:
             feeds[found.lengths] = np.array([steps], dtype_of(self._takes[found.lengths], found.lengths))
         return feeds
-
-
-def _random(rng: np.random.Generator, dtype: str, shape: Sequence[int], num_ids: int | None) -> Array:
-    if dtype in ("int64", "int32"):
-        return np.asarray(rng.integers(num_ids or 2, size=shape), dtype)
-    return np.asarray(rng.integers(2, size=shape) if dtype == "bool" else rng.standard_normal(shape), dtype)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.spec import LENGTHS, SOURCE_LENGTHS
 from service.errors import ModelBroken
-from service.layouts import Lie, dtype_of, rank_of, shape_text, size_of
+from service.layouts import Lie, dtype_of, inputs_of, rank_of, shape_text, size_of
 from service.modelfile import DESCRIPTION_FILE, Axis, Description, InputEntry, OutputEntry
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class Fit:
         self._graph = model.graph
         self._says = description
         self._has_lengths = bool(description.lengths)
-        weights = {each.name for each in self._graph.initializer}
-        self.takes = {each.name: each for each in self._graph.input if each.name not in weights}
+        self.takes = inputs_of(self._graph)
         """The graph's inputs by name, without its weights."""
         self.gives = {each.name: each for each in self._graph.output}
         """Its outputs by name."""

@@ -57,6 +57,12 @@ def dtype_of(value: onnx.ValueInfoProto, key: str) -> Any:
     return DTYPES[kind]
 
 
+def inputs_of(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
+    """A graph's inputs by name, without those that older files list its weights as."""
+    weights = {each.name for each in graph.initializer}
+    return {each.name: each for each in graph.input if each.name not in weights}
+
+
 def rank_of(value: onnx.ValueInfoProto) -> int | None:
     """Number of a tensor's axes, or None where the graph does not know it."""
     tensor = value.type.tensor_type
@@ -72,7 +78,11 @@ def size_of(value: onnx.ValueInfoProto, axis: int) -> int | None:
     return size if size > 0 else None
 
 
+def sizes_of(value: onnx.ValueInfoProto) -> list[int | None]:
+    """Sizes of all axes; none where the graph does not know how many there are."""
+    return [size_of(value, axis) for axis in range(rank_of(value) or 0)]
+
+
 def shape_text(value: onnx.ValueInfoProto) -> str:
     """Shape of a tensor, for people."""
-    sizes = [size_of(value, axis) for axis in range(rank_of(value) or 0)]
-    return "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"
+    return "[" + ", ".join("?" if size is None else str(size) for size in sizes_of(value)) + "]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,11 +169,14 @@ def _random(rng: np.random.Generator, tensor: TensorSpec, steps: int) -> Array:
     """Random values of an input of one sequence."""
     has_steps = tensor.layout in (Layout.PER_STEP, Layout.PER_SOURCE_STEP)
     shape = (steps, *tensor.row_shape) if has_steps else tensor.row_shape
-    if tensor.dtype in ("int64", "int32"):
-        return rng.integers(tensor.num_ids or 2, size=shape).astype(tensor.dtype)
-    if tensor.dtype == "bool":
-        return rng.integers(2, size=shape).astype(bool)
-    return rng.standard_normal(shape).astype(tensor.dtype)
+    return random_values(rng, tensor.dtype, shape, tensor.num_ids)
+
+
+def random_values(rng: np.random.Generator, dtype: str, shape: Sequence[int], num_ids: int | None) -> Array:
+    """Random values of a dtype: ids in [0, num_ids), standard normal numbers, or truths."""
+    if dtype in ("int64", "int32"):
+        return np.asarray(rng.integers(num_ids or 2, size=shape), dtype)
+    return np.asarray(rng.integers(2, size=shape) if dtype == "bool" else rng.standard_normal(shape), dtype)
 
 
 def _difference(ours: list[Array], theirs: list[Array]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from models.spec import LENGTHS
 from service.errors import ModelBroken
-from service.layouts import DTYPES, Lie, dtype_of, rank_of, shape_text, size_of
+from service.layouts import DTYPES, Lie, dtype_of, rank_of, shape_text, sizes_of
 from service.modelfile import Description
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Wrapper:
         """Put constants among the graph's weights."""
         for name, given in self._says.constants.items():
             value = self._takes[name]
-            sizes = [size_of(value, axis) for axis in range(rank_of(value) or 0)]
+            sizes = sizes_of(value)
             array = _constant(name, given, dtype_of(value, f"constants.{name}"))
             if rank_of(value) is not None and (
                 array.ndim != len(sizes) or any(a not in (None, b) for a, b in zip(sizes, array.shape, strict=True))

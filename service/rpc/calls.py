@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 
 from service.facts import CALL, REQUEST_ID_KEY, CallFacts
+from service.rpc.handlers import MAKERS
 from service.tally import CallTally
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         call = _Call(self._tally, self._observers, handler_call_details)
         read, write = call.reader(handler), call.writer(handler)
-        for kind, make in _MAKERS.items():
+        for kind, make in MAKERS.items():
             if behavior := getattr(handler, kind):
                 if handler.response_streaming:
                     return make(call.wrap(behavior), read, write)
@@ -78,14 +79,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 observer.begin(facts, details)
             for observer in self._observers:
                 observer.end(facts)
-
-
-_MAKERS: dict[str, Callable[..., Handler]] = {
-    "unary_unary": grpc.unary_unary_rpc_method_handler,
-    "unary_stream": grpc.unary_stream_rpc_method_handler,
-    "stream_unary": grpc.stream_unary_rpc_method_handler,
-    "stream_stream": grpc.stream_stream_rpc_method_handler,
-}
 
 
 class _Call:

@@ -1,14 +1,22 @@
-"""gRPC's handlers of a service's unary methods, from its descriptor."""
+"""gRPC's handlers: how each kind is made, and those of a service's unary methods, from its descriptor."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
+
+MAKERS: dict[str, Callable[..., grpc.RpcMethodHandler[Any, Any]]] = {
+    "unary_unary": grpc.unary_unary_rpc_method_handler,
+    "unary_stream": grpc.unary_stream_rpc_method_handler,
+    "stream_unary": grpc.stream_unary_rpc_method_handler,
+    "stream_stream": grpc.stream_stream_rpc_method_handler,
+}
+"""What makes a handler, by the name of its attribute that holds the behavior."""
 
 
 def unary_handlers(

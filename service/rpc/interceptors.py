@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2
 
 from service.errors import Exhausted, InvalidInput, ServiceError
 from service.facts import REQUEST_ID_KEY, current
+from service.rpc.handlers import MAKERS
 from service.rpc.status import status_of
 
 if TYPE_CHECKING:
@@ -44,13 +45,10 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return handler
         serde = (handler.request_deserializer, handler.response_serializer)
-        if handler.unary_unary and asyncio.iscoroutinefunction(handler.unary_unary):
-            return grpc.unary_unary_rpc_method_handler(self._wrap(handler.unary_unary, handler_call_details), *serde)
-        if handler.unary_stream and asyncio.iscoroutinefunction(handler.unary_stream):
-            return grpc.unary_stream_rpc_method_handler(self._wrap(handler.unary_stream, handler_call_details), *serde)
-        if handler.stream_stream and asyncio.iscoroutinefunction(handler.stream_stream):
-            wrapped = self._wrap(handler.stream_stream, handler_call_details)
-            return grpc.stream_stream_rpc_method_handler(wrapped, *serde)
+        for kind, make in MAKERS.items():
+            behavior = getattr(handler, kind)
+            if behavior and asyncio.iscoroutinefunction(behavior):
+                return make(self._wrap(behavior, handler_call_details), *serde)
         return handler
 
     def _wrap(self, behavior: Behavior, call: grpc.HandlerCallDetails) -> Behavior:

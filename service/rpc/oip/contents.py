@@ -175,3 +175,21 @@ def check_parameters(parameters: Any) -> None:
         for name in _REFUSED:
             if name in parameters:
                 raise Unimplemented(f"{name} is not supported: send and receive tensors as raw contents")
+
+
+def wanted_outputs(request: pb.ModelInferRequest, names: Sequence[str], model: str) -> list[str]:
+    """Names of the outputs that a request asks for, of those that there are; none where it leaves that open.
+
+    Raises InvalidInput and Unimplemented.
+    """
+    wanted = []
+    for number, each in enumerate(request.outputs):
+        check_parameters(each.parameters)
+        if each.name not in names:
+            raise InvalidInput(
+                f"no output {each.name!r}; {model} has {', '.join(names)}", field=f"outputs[{number}].name"
+            )
+        wanted.append(each.name)
+    if len(set(wanted)) < len(wanted):
+        raise InvalidInput("an output is named twice", field="outputs")
+    return wanted

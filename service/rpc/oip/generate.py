@@ -33,7 +33,7 @@ from service.pb.inference import inference_pb2 as pb
 from service.pb.rnnserve.v1 import rnnserve_pb2 as native
 from service.rpc.codec import LanePlan, inputs_of, row_bytes_of
 from service.rpc.generation import read_generate
-from service.rpc.oip.contents import DATATYPES, Form, Row, check_parameters, check_raw, content_of, lengths_of
+from service.rpc.oip.contents import DATATYPES, Form, Row, check_raw, content_of, lengths_of, wanted_outputs
 from service.rpc.oip.options import Options
 
 Array = npt.NDArray[Any]
@@ -104,7 +104,7 @@ class MakePlan:
 
         Raises InvalidInput and its kin, Exhausted, and Unimplemented for shared memory.
         """
-        wanted = self._wanted(request)
+        wanted = wanted_outputs(request, self._names, self.lane.name) or self._names
         asked = native.GenerateRequest(model=self.lane.name, inputs=self._tensors(request), **_numbers(request))
         asked.outputs.extend(row.name for row in self._own if row.name in wanted)
         if self._own and not asked.outputs:
@@ -118,19 +118,6 @@ class MakePlan:
         elif seed is not None:
             raise InvalidInput("seed is for drawing: give a temperature over 0 too", field=f"parameters.{_SEED}")
         return made, wanted
-
-    def _wanted(self, request: pb.ModelInferRequest) -> list[str]:
-        for number, each in enumerate(request.outputs):
-            check_parameters(each.parameters)
-            if each.name not in self._names:
-                raise InvalidInput(
-                    f"no output {each.name!r}; {self.lane.name} has {', '.join(self._names)}",
-                    field=f"outputs[{number}].name",
-                )
-        wanted = [each.name for each in request.outputs] or self._names
-        if len(set(wanted)) < len(wanted):
-            raise InvalidInput("an output is named twice", field="outputs")
-        return wanted
 
     def _tensors(self, request: pb.ModelInferRequest) -> list[native.Tensor]:
         check_raw(request)

@@ -19,7 +19,7 @@ from service.lane import Lane
 from service.pb.inference import inference_pb2 as pb
 from service.predict import Prediction
 from service.rpc.codec import contexts_of, row_bytes_of
-from service.rpc.oip.contents import Form, Row, Tensor, check_parameters, check_raw, content_of, lengths_of
+from service.rpc.oip.contents import Form, Row, Tensor, check_raw, content_of, lengths_of, wanted_outputs
 from service.rpc.repeat import varint
 from service.tensors import decode
 
@@ -89,18 +89,7 @@ class InferPlan:
         if not request.outputs:
             return self.all_outputs
         names = self._names if with_states else self._names[: len(self.outputs)]
-        picked = []
-        for number, wanted in enumerate(request.outputs):
-            check_parameters(wanted.parameters)
-            if wanted.name not in names:
-                raise InvalidInput(
-                    f"no output {wanted.name!r}; {self.lane.name} has {', '.join(names)}",
-                    field=f"outputs[{number}].name",
-                )
-            picked.append(names.index(wanted.name))
-        if len(set(picked)) < len(picked):
-            raise InvalidInput("an output is named twice", field="outputs")
-        return picked
+        return [names.index(each) for each in wanted_outputs(request, names, self.lane.name)]
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
